@@ -1,0 +1,48 @@
+"""Errors that are the user's to mend, and the one place that prints them: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names what was got and what was expected."""
+
+
+def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
+    """A `UserError` for a name that is not in a table; names the nearest known one, or all when there are few.
+
+    Args:
+        kind: What the name stands for, e.g. "model" or "config key".
+        got: The unknown name.
+        known: The names that exist.
+    """
+    import difflib
+
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif len(known) <= 12:
+        hint = f"known: {', '.join(known)}"
+    else:
+        hint = f"{len(known)} are known, none is close"
+    return UserError(f"unknown {kind} {got!r}: {hint}")
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Runs a command line's body and turns what the user can mend into one line on stderr.
+
+    Returns:
+        The exit code: 0, 2 for bad input or a failing disk or network, 130 for an interrupt.
+        Any other exception is a defect of this package and keeps its traceback.
+    """
+    try:
+        command()
+    except (UserError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

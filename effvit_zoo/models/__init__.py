@@ -1,0 +1,1 @@
+"""Model families, one per file. Importing this package registers them in timm's registry."""
