@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -18,8 +21,6 @@ def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
         got: The unknown name.
         known: The names that exist.
     """
-    import difflib
-
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
     if near:
         hint = f"did you mean {near[0]!r}?"
@@ -28,6 +29,13 @@ def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
     else:
         hint = f"{len(known)} are known, none is close"
     return UserError(f"unknown {kind} {got!r}: {hint}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """ArgumentParser whose complaints are a `UserError`, so that they come out like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(command: Callable[[], object]) -> int:

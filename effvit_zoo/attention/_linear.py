@@ -1,0 +1,151 @@
+"""What the linear mechanisms share: argument checks, exact accumulation, and evaluation in pieces that fit the cache.
+
+A linear mechanism first sums over the keys' tokens, then maps the queries' tokens one by one. Both steps can therefore run piece by piece,
+with temporaries that stay in the processor's cache and whose size depends neither on the number of tokens nor on the batch. That is done
+where nobody records the operations, in eager inference on a CPU; training, tracing, export and scripting apply the same functions to all
+tokens at once.
+
+Layout: the token axis is the last but one of every tensor: (B, H, N, D) and (H, N, D) with heads, (B, N, C) and (N, C) without.
+"""
+
+import contextlib
+from typing import Callable, ContextManager, Iterator, Tuple
+
+import torch
+
+# 1,024 tokens of 3 heads with 64 channels, 0.8 MB in float32: a handful of such temporaries fit the second- and third-level caches
+PIECE_ELEMENTS = 1024 * 3 * 64
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises ValueError unless q is (B, H, Nq, D), k is (B, H, Nk, D) and v is (B, H, Nk, Dv).
+
+    The batch is left unread, so that it may be dynamic in an exported graph.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"expected q, k, v of (B, H, N, D), got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    if q.shape[1] != k.shape[1] or k.shape[1] != v.shape[1] or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            "expected q, k of equal heads and head dim, k, v of equal heads and tokens, "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """float16 and bfloat16 -> float32; float32 and float64 as they are. Sums over tokens overflow or stall in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def quadratic_is_cheaper(q: torch.Tensor, k: torch.Tensor, rank: int = 1) -> bool:
+    """Whether (q k^T) v takes fewer multiplications than q (k^T v) when features are `rank` times as wide as the heads.
+
+    Nq Nk (D + Dv) against rank D Dv (Nq + Nk), for Dv = D; for Nq = Nk = N that is N < rank D. Reads no batch size.
+    """
+    Nq, Nk, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    return 2 * Nq * Nk < rank * D * (Nq + Nk)
+
+
+def row_dot(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """x @ row^T for one row: (..., N, D), (..., 1, D) -> (..., N, 1).
+
+    Measured on a CPU, the batched product with a single column takes 2 to 8 times as long.
+    """
+    return (x * row).sum(-1, keepdim=True)
+
+
+def inverse_norm(norm: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / max(norm, eps) as in `F.normalize`, but 0 where the norm is exactly 0.
+
+    A zero vector stays zero either way; its gradient becomes 0 instead of 1 / eps, which no half precision type can hold.
+    """
+    return (norm > 0).to(norm.dtype) / norm.clamp_min(eps)
+
+
+def without_autocast(x: torch.Tensor) -> ContextManager:
+    """A context in which matrix products on x's device keep their input's precision.
+
+    A no-op unless autocast is on: entering `torch.autocast` for nothing would leave its mark in exported graphs.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def is_eager_inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether operations on a CPU's q, k, v are run here and now and recorded by nobody: no gradient, tracer, compiler or fake tensor."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type != "cpu":
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    return all(type(x) is torch.Tensor for x in (q, k, v))
+
+
+def attend_in_pieces(
+    attend: Callable[..., torch.Tensor],
+    attend_image: Callable[..., None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    empty: Callable[[], torch.Tensor],
+    whole_images: bool = False,
+) -> torch.Tensor:
+    """Evaluates a mechanism for as many images at a time as fit a piece, or one image at a time in chunks of tokens.
+
+    Args:
+        attend: (q, k, v) -> result, for some images at once.
+        attend_image: (out, q, k, v) -> None, for one image, without the batch axis; is to work through `sum_over_chunks` and `map_chunks`.
+        q: Queries, (B, ...).
+        k: Keys, (B, ...).
+        v: Values, (B, ...).
+        empty: () -> a tensor for the result, (B, ...).
+        whole_images: Never use `attend_image`.
+
+    """
+    B = q.shape[0]
+    image_elements = max(q.numel(), k.numel()) // max(B, 1)
+    images = max(PIECE_ELEMENTS // max(image_elements, 1), 1)
+    in_chunks = image_elements > PIECE_ELEMENTS and not whole_images
+    if images >= B and not in_chunks:
+        return attend(q, k, v)
+    out = empty()
+    if in_chunks:
+        for i in range(B):
+            attend_image(out[i], q[i], k[i], v[i])
+        return out
+    for i in range(0, B, images):
+        out[i : i + images] = attend(q[i : i + images], k[i : i + images], v[i : i + images])
+    return out
+
+
+def chunks(*tensors: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
+    """Yields a piece of tokens of each tensor at a time, widened. The first tensor sets the size, all have equally many tokens."""
+    N = tensors[0].shape[-2]
+    step = max(PIECE_ELEMENTS * N // max(tensors[0].numel(), 1), 1)
+    for start in range(0, N, step):
+        yield tuple(widen(x.narrow(-2, start, min(step, N - start))) for x in tensors)
+
+
+def sum_over_chunks(
+    summarise: Callable[..., Tuple[torch.Tensor, ...]], *tensors: torch.Tensor
+) -> Tuple[torch.Tensor, ...]:
+    """The sums over all chunks of the tensors that `summarise(*chunk)` returns."""
+    total: Tuple[torch.Tensor, ...] = ()
+    for chunk in chunks(*tensors):
+        part = summarise(*chunk)
+        total = tuple(t.add_(p) for t, p in zip(total, part, strict=True)) if total else part
+    return total
+
+
+def map_chunks(out: torch.Tensor, read: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> None:
+    """Writes `read(*chunk)` into the tokens of `out` that the chunk covers."""
+    start = 0
+    for chunk in chunks(*tensors):
+        length = chunk[0].shape[-2]
+        out.narrow(-2, start, length).copy_(read(*chunk))
+        start += length
+
+
+def empty_heads_like(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An empty (B, H, Nq, Dv) of q's type whose memory is (B, Nq, H, Dv), so that joining the heads afterwards copies nothing."""
+    B, H, N, _ = q.shape
+    return q.new_empty(B, N, H, v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)

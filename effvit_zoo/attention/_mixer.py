@@ -1,0 +1,103 @@
+"""TokenMixer: the shell that all interchangeable token mixers share: one q, k, v projection, heads, one output projection.
+
+A mechanism is a pure function of q, k, v; its module subclasses `TokenMixer` and says only `mix(q, k, v)`. Constructor, call and
+parameter names are those of timm's `Attention` (Apache-2.0), so a mixer is a drop-in `attn_layer` of timm's `VisionTransformer` and
+loads its weights. What a mechanism cannot honour raises ValueError instead of being ignored.
+
+Layout: (B, N, C) -> (B, N, C), heads inside: B batch, N tokens, C channels, H heads, D = C // H.
+"""
+
+from typing import ClassVar, Optional, Tuple, Type
+
+import torch
+from torch import nn
+
+
+class TokenMixer(nn.Module):
+    """Projections, heads and dropout around `mix`; (B, N, C) -> (B, N, C).
+
+    Subclasses override `mix`. One that can honour a mask, causality or dropout of attention weights overrides `forward` too, from
+    `project_qkv` and `project_out`, and sets `supports_attn_drop` where it applies.
+
+    Args:
+        dim: Channels C of the tokens.
+        num_heads: Heads H; must divide `dim`.
+        qkv_bias: Bias in the q, k, v projection.
+        qk_norm: Normalise each head's q and k over D with `norm_layer` before mixing.
+        scale_norm: Normalise the mixed tokens over C with `norm_layer` before the output projection.
+        proj_bias: Bias in the output projection.
+        attn_drop: Dropout rate of the attention weights, for mechanisms that have any.
+        proj_drop: Dropout rate after the output projection.
+        norm_layer: Needed by `qk_norm` and `scale_norm`.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`, a norm is asked for without `norm_layer`, or `attn_drop` is not supported.
+    """
+
+    supports_attn_drop: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Optional[Type[nn.Module]] = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.mechanism = type(self).__name__
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"{self.mechanism}: dim must be a multiple of num_heads, got dim={dim}, num_heads={num_heads}"
+            )
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError(f"{self.mechanism}: qk_norm and scale_norm need a norm_layer, got None")
+        if attn_drop > 0.0 and not self.supports_attn_drop:
+            raise ValueError(
+                f"{self.mechanism} has no attention weights to drop, got attn_drop={attn_drop}, expected 0"
+            )
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.q_norm = norm_layer(self.head_dim, **dd) if norm_layer is not None and qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **dd) if norm_layer is not None and qk_norm else nn.Identity()
+        self.norm = norm_layer(dim, **dd) if norm_layer is not None and scale_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The mechanism: q, k, v of (B, H, N, D) -> (B, H, N, D)."""
+        raise NotImplementedError
+
+    def project_qkv(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, N, C) -> q, k, v, each (B, H, N, D), q and k normalised if `qk_norm`."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)  # (B, N, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        return self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
+
+    def project_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Mixed heads (B, H, N, D) -> tokens (B, N, C)."""
+        B, H, N, D = x.shape
+        x = x.transpose(1, 2).reshape(B, N, H * D)  # (B, N, C)
+        return self.proj_drop(self.proj(self.norm(x)))
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        if attn_mask is not None:
+            raise ValueError(f"{self.mechanism} lets every token see every other, got an attn_mask, expected None")
+        if is_causal:
+            raise ValueError(f"{self.mechanism} is bidirectional, got is_causal=True, expected False")
+        q, k, v = self.project_qkv(x)
+        return self.project_out(self.mix(q, k, v))

@@ -1,0 +1,74 @@
+"""Efficient additive attention of SwiftFormer: one pooled query for the whole image instead of a token-to-token matrix.
+
+"SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications", arXiv:2303.15446.
+Official code: https://github.com/Amshaker/SwiftFormer @ 4aa6cd6752 (Apache-2.0). Own code; cost is linear in the number of tokens.
+
+Deliberate differences, none in value: the factor D ** -0.5 in front of the token weights is left out, as it cancels in their L2
+normalisation; x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for; the pooling is a product of
+matrices; half-precision inputs are normalised in float32, where their squares do not overflow.
+
+Layout: tokens (B, N, C) throughout; B batch, N tokens, C channels; one head.
+"""
+
+from typing import Tuple
+
+import torch
+from timm.layers import register_notrace_function
+from torch import nn
+
+
+@torch.fx.wrap
+@register_notrace_function
+def l2_normalize(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x divided by its Euclidean norm along `dim`; zero vectors stay zero. One node for fx, which cannot branch on the dtype."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        wide = x.float()
+        return (wide * torch.rsqrt((wide * wide).sum(dim, keepdim=True) + 1e-24)).to(x.dtype)
+    return x * torch.rsqrt((x * x).sum(dim, keepdim=True) + 1e-24)
+
+
+def efficient_additive_attention(
+    q: torch.Tensor, k: torch.Tensor, w_g: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weights every token by w_g^T q, pools the queries with these weights and lets the pooled query gate every key.
+
+    Args:
+        q: Queries, (B, N, C).
+        k: Keys, (B, N, C).
+        w_g: The learned direction that scores tokens, (C, 1); its length has no effect.
+
+    Returns:
+        (context, q): the gated keys and the normalised queries, each (B, N, C). The queries are the block's residual path.
+    """
+    q, k = l2_normalize(q, -1), l2_normalize(k, -1)
+    score = l2_normalize(q @ w_g, 1)  # (B, N, 1), normalised over tokens, no softmax
+    pooled = score.transpose(1, 2) @ q  # (B, 1, C)
+    return pooled * k, q
+
+
+class EfficientAdditiveAttention(nn.Module):
+    """SwiftFormer's attention on a feature map, (B, C, H, W) -> (B, C, H, W). There is no value projection.
+
+    Parameter names are timm's (`proj` where the official code has `Proj`).
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.to_query = nn.Linear(dim, dim, **dd)
+        self.to_key = nn.Linear(dim, dim, **dd)
+        self.w_g = nn.Parameter(torch.empty(dim, 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.final = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Standard normal `w_g`; the linear layers have their own."""
+        nn.init.normal_(self.w_g)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        x = x.flatten(2).transpose(1, 2)  # (B, N, C)
+        context, q = efficient_additive_attention(self.to_query(x), self.to_key(x), self.w_g)
+        x = self.final(self.proj(context) + q)
+        return x.transpose(1, 2).reshape(B, C, H, W)

@@ -1,0 +1,311 @@
+"""cosFormer: relu features re-weighted by the cosine of the distance between tokens, linear in the number of tokens.
+
+"cosFormer: Rethinking Softmax in Attention", arXiv:2202.08791, eq. 9-12. Official code: OpenNLPLab/cosFormer@8e12da11 (Apache-2.0).
+The form for images is its authors' own sequel, "Vicinity Vision Transformer", arXiv:2206.10552; official code:
+OpenNLPLab/Vicinity-Vision-Transformer@2c49e0ff (Apache-2.0). Own code.
+
+One scheme serves all forms: the weight of two places is a product of two short rows of a table, w_ij = t_i . t_j, with
+  1-D          t = [sin a, cos a]                                              w = cos(a_i - a_j)
+  2-D sum      t = [cos a, sin a, cos b, sin b]                                w = cos(a_i - a_j) + cos(b_i - b_j)
+  2-D product  t = [cos a cos b, cos a sin b, sin a cos b, sin a sin b]        w = cos(a_i - a_j) cos(b_i - b_j)
+where a = pi/2 index / N on a line, and a = pi/2 row / rows, b = pi/2 column / columns on a grid; all w are >= 0. So s_ij = (relu(q_i) .
+relu(k_j)) w_ij is the product of two features relu(x) (x) t of R D channels, R the table's width, and the keys can be summed first. Below
+R D tokens it is cheaper to write s out; the same table then gives w.
+
+Deliberate differences from both: no causal form; sums, angles and tables in float32 whatever the input (half precision merges 784
+positions into 398 angles, and 1 / 1e-6 has no float16 value); indices from 0, which a difference of angles does not see. Of Vicinity's
+block only the attention: no clipping of intermediate results, no gate on the output, no feature reduction.
+
+Prefix tokens (class, registers) have no place on the line or the grid, and neither paper has any. Taking the class token as index 0 would
+favour the top left corner. Here every pair that contains a prefix token has weight 1, as separate rows and columns in O(N D), and the N of
+the angles counts the patches alone. `num_prefix_tokens=0`, the default, is the papers' literal form.
+
+Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H, P prefix tokens.
+"""
+
+import math
+from functools import lru_cache, partial
+from typing import ClassVar, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+
+from ._linear import (
+    attend_in_pieces,
+    check_heads,
+    empty_heads_like,
+    is_eager_inference,
+    map_chunks,
+    quadratic_is_cheaper,
+    row_dot,
+    sum_over_chunks,
+    widen,
+    without_autocast,
+)
+from ._mixer import TokenMixer
+
+
+def _angles(steps: int, period: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """pi/2 * i / period for i = 0 .. steps - 1, (steps,)."""
+    return torch.arange(steps, dtype=dtype, device=device) * (math.pi / 2 / period)
+
+
+def _line_tables(Nq: int, Nk: int, dtype: torch.dtype, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The 1-D tables of queries and keys, (Nq, 2) and (Nk, 2)."""
+    longest = max(Nq, Nk)
+    a = _angles(longest, longest, dtype, device)
+    table = torch.stack([a.sin(), a.cos()], dim=-1)
+    return table[:Nq], table[:Nk]
+
+
+def _grid_table(rows: int, columns: int, form: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 2-D table of a row-major grid, (rows * columns, 4)."""
+    a = _angles(rows, rows, dtype, device).unsqueeze(1).expand(rows, columns).flatten()
+    b = _angles(columns, columns, dtype, device).unsqueeze(0).expand(rows, columns).flatten()
+    if form == "sum":
+        return torch.stack([a.cos(), a.sin(), b.cos(), b.sin()], dim=-1)
+    return torch.stack([a.cos() * b.cos(), a.cos() * b.sin(), a.sin() * b.cos(), a.sin() * b.sin()], dim=-1)
+
+
+# in eager inference every block asks for the same few tables; elsewhere they are constants of the recorded graph
+_kept_line_tables = lru_cache(maxsize=16)(_line_tables)
+_kept_grid_table = lru_cache(maxsize=16)(_grid_table)
+
+
+def _table_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _features(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """x times each entry of the table's row: (..., N, D), (N, R) -> (..., N, R * D)."""
+    return (x.unsqueeze(-2) * table.unsqueeze(-1)).flatten(-2)
+
+
+def _few_scores(few: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
+    """relu(few) . relu(many), (..., P, D), (..., N, D) -> (..., P, N): the pairs with prefix tokens."""
+    return few.relu() @ many.relu().transpose(-2, -1)
+
+
+def _summarise(k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (..., N, D) of places -> sums of f^T v, (..., R * D, D), and of the features f, (..., 1, R * D)."""
+    f = _features(k.relu(), table)
+    return f.transpose(-2, -1) @ v, f.sum(-2, keepdim=True)
+
+
+def _summarise_for_prefix(
+    k: torch.Tensor, v: torch.Tensor, q_prefix: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values (..., N, D) as prefix queries (..., P, D) see them -> numerator (..., P, D), normaliser (..., P, 1)."""
+    scores = _few_scores(q_prefix, k)
+    return scores @ v, scores.sum(-1, keepdim=True)
+
+
+def _divide(numerator: torch.Tensor, normaliser: torch.Tensor, eps: float, clamp: bool) -> torch.Tensor:
+    return numerator / (normaliser.clamp_min(eps) if clamp else normaliser + eps)
+
+
+def _read(
+    q: torch.Tensor,
+    table: torch.Tensor,
+    kv: torch.Tensor,
+    k_sum: torch.Tensor,
+    k_prefix: torch.Tensor,
+    v_prefix: torch.Tensor,
+    eps: float,
+    clamp: bool,
+) -> torch.Tensor:
+    """Queries (..., N, D) of places against a summary of places and the prefix keys (..., P, D) -> (..., N, D)."""
+    f = _features(q.relu(), table)
+    numerator, normaliser = f @ kv, row_dot(f, k_sum)
+    if k_prefix.shape[-2] > 0:
+        scores = _few_scores(k_prefix, q).transpose(-2, -1)  # (..., N, P)
+        numerator = numerator + scores @ v_prefix
+        normaliser = normaliser + scores.sum(-1, keepdim=True)
+    return _divide(numerator, normaliser, eps, clamp)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_table: torch.Tensor,
+    k_table: torch.Tensor,
+    eps: float,
+    clamp: bool,
+) -> torch.Tensor:
+    """All tokens at once; what q and k have beyond their tables' rows are prefix tokens."""
+    dtype = q.dtype
+    q, k, v = widen(q), widen(k), widen(v)
+    P = q.shape[-2] - q_table.shape[0]
+    if quadratic_is_cheaper(q, k, rank=q_table.shape[1]):
+        weights = F.pad(q_table @ k_table.t(), [P, 0, P, 0], value=1.0)  # (Nq, Nk)
+        scores = (q.relu() @ k.relu().transpose(-2, -1)) * weights  # (B, H, Nq, Nk)
+        return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp).to(dtype)
+    kv, k_sum = _summarise(k[:, :, P:], v[:, :, P:], k_table)
+    out = _read(q[:, :, P:], q_table, kv, k_sum, k[:, :, :P], v[:, :, :P], eps, clamp)
+    if P > 0:
+        numerator, normaliser = _summarise_for_prefix(k, v, q[:, :, :P])
+        out = torch.cat([_divide(numerator, normaliser, eps, clamp), out], dim=-2)
+    return out.to(dtype)
+
+
+def _attend_image(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_table: torch.Tensor,
+    k_table: torch.Tensor,
+    eps: float,
+    clamp: bool,
+) -> None:
+    P = q.shape[-2] - q_table.shape[0]
+    kv, k_sum = sum_over_chunks(_summarise, k[:, P:], v[:, P:], k_table)
+    k_prefix, v_prefix = widen(k[:, :P]), widen(v[:, :P])
+    read = partial(_read, kv=kv, k_sum=k_sum, k_prefix=k_prefix, v_prefix=v_prefix, eps=eps, clamp=clamp)
+    map_chunks(out[:, P:], read, q[:, P:], q_table)
+    if P > 0:
+        numerator, normaliser = sum_over_chunks(partial(_summarise_for_prefix, q_prefix=widen(q[:, :P])), k, v)
+        out[:, :P] = _divide(numerator, normaliser, eps, clamp)
+
+
+def _attend_in_pieces(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_table: torch.Tensor,
+    k_table: torch.Tensor,
+    eps: float,
+    clamp: bool,
+) -> torch.Tensor:
+    arguments = {"q_table": q_table, "k_table": k_table, "eps": eps, "clamp": clamp}
+    attend, attend_image = partial(_attend, **arguments), partial(_attend_image, **arguments)
+    whole_images = quadratic_is_cheaper(q, k, rank=q_table.shape[1])
+    return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v), whole_images)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def cosformer_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6, num_prefix_tokens: int = 0
+) -> torch.Tensor:
+    """out_i = sum_j s_ij v_j / max(sum_j s_ij, eps) with s_ij = (relu(q_i) . relu(k_j)) cos(pi/2 (i - j) / max(Nq, Nk)).
+
+    A query without a positive channel gives 0.
+
+    Args:
+        q: Queries, (B, H, Nq, D).
+        k: Keys, (B, H, Nk, D).
+        v: Values, (B, H, Nk, Dv).
+        eps: Smallest normaliser, 1e-6 as in the official code.
+        num_prefix_tokens: How many tokens at the front of q and of k have no place in the order; their pairs have the cosine 1,
+            and Nq, Nk in the angle count the others.
+
+    Returns:
+        (B, H, Nq, Dv) of q's type.
+
+    Raises:
+        ValueError: If the shapes do not fit together or there are fewer tokens than prefix tokens.
+    """
+    check_heads(q, k, v)
+    Nq, Nk = q.shape[-2] - num_prefix_tokens, k.shape[-2] - num_prefix_tokens
+    if num_prefix_tokens < 0 or Nq < 1 or Nk < 1:
+        raise ValueError(
+            f"num_prefix_tokens must be 0 or more and leave a token, got {num_prefix_tokens} of {q.shape[-2]} and {k.shape[-2]}"
+        )
+    dtype = _table_dtype(q)
+    if torch.jit.is_scripting():
+        q_table, k_table = _line_tables(Nq, Nk, dtype, q.device)
+        return _attend(q, k, v, q_table, k_table, eps, True)
+    with without_autocast(q):
+        if is_eager_inference(q, k, v):
+            return _attend_in_pieces(q, k, v, *_kept_line_tables(Nq, Nk, dtype, q.device), eps, True)
+        return _attend(q, k, v, *_line_tables(Nq, Nk, dtype, q.device), eps, True)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def cosformer_attention_2d(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid_size: Tuple[int, int],
+    form: str = "sum",
+    eps: float = 1e-4,
+    num_prefix_tokens: int = 0,
+) -> torch.Tensor:
+    """Vicinity attention: as `cosformer_attention`, with tokens on a grid of (rows, columns) in row-major order.
+
+    out_i = sum_j s_ij v_j / (sum_j s_ij + eps) with s_ij = (relu(q_i) . relu(k_j)) w_ij, where for row and column distances dr, dc
+    w = cos(pi/2 dr / rows) + cos(pi/2 dc / columns) for form="sum", and their product for form="product".
+
+    Args:
+        q: Queries, (B, H, N, D) with N = num_prefix_tokens + rows * columns.
+        k: Keys, (B, H, N, D).
+        v: Values, (B, H, N, Dv).
+        grid_size: (rows, columns) of patches.
+        form: "sum", the official default, or "product".
+        eps: Added to the normaliser, 1e-4 as in the official code.
+        num_prefix_tokens: How many tokens at the front are not on the grid; their pairs have weight 1.
+
+    Returns:
+        (B, H, N, Dv) of q's type.
+
+    Raises:
+        ValueError: If the shapes do not fit together or to the grid, or the form is unknown.
+    """
+    check_heads(q, k, v)
+    rows, columns = grid_size
+    if form != "sum" and form != "product":
+        raise ValueError(f"form must be 'sum' or 'product', got '{form}'")
+    N = num_prefix_tokens + rows * columns
+    if q.shape[-2] != N or k.shape[-2] != N or num_prefix_tokens < 0 or rows < 1 or columns < 1:
+        raise ValueError(
+            f"expected {num_prefix_tokens} prefix tokens and a grid of {rows} x {columns}, got {q.shape[-2]} queries and {k.shape[-2]} keys"
+        )
+    dtype = _table_dtype(q)
+    if torch.jit.is_scripting():
+        table = _grid_table(rows, columns, form, dtype, q.device)
+        return _attend(q, k, v, table, table, eps, False)
+    with without_autocast(q):
+        if is_eager_inference(q, k, v):
+            table = _kept_grid_table(rows, columns, form, dtype, q.device)
+            return _attend_in_pieces(q, k, v, table, table, eps, False)
+        table = _grid_table(rows, columns, form, dtype, q.device)
+        return _attend(q, k, v, table, table, eps, False)
+
+
+class CosformerAttention(TokenMixer):
+    """Multi-head cosFormer over tokens in sequence order, (B, N, C) -> (B, N, C).
+
+    Attributes:
+        num_prefix_tokens: Tokens at the front without a place in the order, 0 at first: the papers' literal form. A mixer is built without
+            knowledge of the model around it, so the model sets this afterwards.
+    """
+
+    __constants__: ClassVar = ["num_prefix_tokens"]  # TorchScript sees class attributes only if they are named
+    num_prefix_tokens: int = 0
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return cosformer_attention(q, k, v, num_prefix_tokens=self.num_prefix_tokens)
+
+
+class Cosformer2dAttention(CosformerAttention):
+    """Multi-head Vicinity attention over a grid of tokens, (B, N, C) -> (B, N, C).
+
+    Attributes:
+        grid_size: (rows, columns) of patches; the model sets it after construction, and again when the image size changes.
+        num_prefix_tokens: Tokens at the front that are not on the grid; the model sets it.
+        form: "sum" or "product".
+
+    Raises:
+        ValueError: In `forward`, if `grid_size` is unset or does not fit the tokens.
+    """
+
+    __constants__: ClassVar = ["form", "grid_size", "num_prefix_tokens"]
+    grid_size: Tuple[int, int] = (0, 0)
+    form: str = "sum"
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return cosformer_attention_2d(q, k, v, self.grid_size, form=self.form, num_prefix_tokens=self.num_prefix_tokens)

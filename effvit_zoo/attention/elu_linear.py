@@ -1,0 +1,100 @@
+"""ELU linear attention: phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) with phi(x) = elu(x) + 1, linear in the number of tokens.
+
+"Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", arXiv:2006.16236, section 3.2 and eq. 7.
+Official code: idiap/fast-transformers@2ad36b97 (MIT), `attention/linear_attention.py`. Own code; deliberate differences:
+  - bidirectional only, layout (B, H, N, D) where theirs is (B, N, H, D), and no key mask;
+  - phi is exp(min(x, 0)) + max(x, 0): elu(x) + 1 cancels for negative x (to 0 below -17 in float32, below -8 in bfloat16);
+  - sums run in float32 whatever the input: the normaliser is about 1.35 D N, past float16's largest number at 784 tokens of 64 channels,
+    and 1 / 1e-6 has no float16 value;
+  - fewer tokens than channels are multiplied as (phi(q) phi(k)^T) v, which is the same product in a cheaper order.
+There are no positions in it, and a class token is one more token.
+
+Layout: function (B, H, N, D) -> (B, H, N, D), module (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H.
+"""
+
+from functools import partial
+from typing import Tuple
+
+import torch
+from timm.layers import register_notrace_function
+
+from ._linear import (
+    attend_in_pieces,
+    check_heads,
+    empty_heads_like,
+    is_eager_inference,
+    map_chunks,
+    quadratic_is_cheaper,
+    row_dot,
+    sum_over_chunks,
+    widen,
+    without_autocast,
+)
+from ._mixer import TokenMixer
+
+
+def _phi(x: torch.Tensor) -> torch.Tensor:
+    # not where(x >= 0, ...): this is the same value in one branch, and the gradient at 0 is 1, as elu's (clamp passes it, relu does not)
+    return x.clamp(max=0.0).exp() + x.relu()
+
+
+def _summarise(k: torch.Tensor, v: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (..., N, D) -> sums of phi(k)^T v, (..., D, D), and of phi(k), (..., 1, D)."""
+    k = _phi(k)
+    return k.transpose(-2, -1) @ v, k.sum(-2, keepdim=True)
+
+
+def _read(q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, eps: float) -> torch.Tensor:
+    """Queries (..., N, D) against a summary -> (..., N, D)."""
+    q = _phi(q)
+    return (q @ kv) / (row_dot(q, k_sum) + eps)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    dtype = q.dtype
+    q, k, v = widen(q), widen(k), widen(v)
+    if quadratic_is_cheaper(q, k):
+        scores = _phi(q) @ _phi(k).transpose(-2, -1)  # (B, H, Nq, Nk)
+        return ((scores @ v) / (scores.sum(-1, keepdim=True) + eps)).to(dtype)
+    kv, k_sum = _summarise(k, v)
+    return _read(q, kv, k_sum, eps).to(dtype)
+
+
+def _attend_image(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
+    kv, k_sum = sum_over_chunks(_summarise, k, v)
+    map_chunks(out, partial(_read, kv=kv, k_sum=k_sum, eps=eps), q)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def elu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """out_i = sum_j s_ij v_j / (sum_j s_ij + eps) with s_ij = (elu(q_i) + 1) . (elu(k_j) + 1); no scale.
+
+    Args:
+        q: Queries, (B, H, Nq, D).
+        k: Keys, (B, H, Nk, D).
+        v: Values, (B, H, Nk, Dv).
+        eps: Added to the normaliser, 1e-6 as in the official code.
+
+    Returns:
+        (B, H, Nq, Dv) of q's type.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    check_heads(q, k, v)
+    if torch.jit.is_scripting():
+        return _attend(q, k, v, eps)
+    with without_autocast(q):
+        if not is_eager_inference(q, k, v):
+            return _attend(q, k, v, eps)
+        attend, attend_image = partial(_attend, eps=eps), partial(_attend_image, eps=eps)
+        whole_images = quadratic_is_cheaper(q, k)
+        return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v), whole_images)
+
+
+class EluLinearAttention(TokenMixer):
+    """Multi-head ELU linear attention, (B, N, C) -> (B, N, C)."""
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return elu_linear_attention(q, k, v)

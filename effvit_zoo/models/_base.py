@@ -1,0 +1,472 @@
+"""HierarchicalBackbone: timm's model contract (1.0.31), written once for every stem -> stages -> norm -> head family of this package.
+
+A family subclasses it, builds `stem`, `stages` (an `nn.Sequential` of `Stage`), `norm` and `head` in its constructor and ends with
+`finish(dims)`; everything else that timm and its users expect is here, together with what the families share: the build call around
+timm's factory, the defaults of a pretrained config, and the algebra that folds normalisation and scales into convolutions.
+
+Own code; the contract (names, arguments, semantics) is timm's, Apache-2.0, https://github.com/huggingface/pytorch-image-models.
+Deliberate differences: `forward_intermediates` also gives NHWC, and `init_weights` re-initialises everything after `to_empty`.
+
+Layout: images are (B, C, H, W); features are (B, C, H, W) or (B, H, W, C) as the class attribute `output_fmt` says.
+"""
+
+import copy
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from ..errors import UserError, unknown_choice
+
+BackboneT = TypeVar("BackboneT", bound=nn.Module)
+LayerT = TypeVar("LayerT", nn.Conv2d, nn.Linear)
+
+
+@torch.jit.ignore
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether somebody (fx, jit.trace, export, compile) records what is done with `x` instead of just doing it."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+class Stage(nn.Module):
+    """An optional downsampling layer, then blocks; recomputes the blocks in backward when `grad_checkpointing` is set."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: Optional[nn.Module] = None) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class HierarchicalBackbone(nn.Module):
+    """Base of the hierarchical families.
+
+    What a subclass provides:
+      * `stem`, `stages`, `norm` (`nn.Identity()` if there is none) and `head`, then `self.finish(dims)` as the constructor's last line.
+      * `head(x, pre_logits=False)`, `head.fc`, `head.num_features` and `head.reset(num_classes, pool_type, reset_other, in_features,
+        device, dtype)` as timm's classifier heads have them; otherwise it overrides `get_classifier`, `reset_classifier`, `forward_head`.
+      * `init_module(module, name)` if its initialisation is not truncated normal 0.02. A module that owns bare parameters has
+        `reset_parameters()` for them, one that owns non-persistent buffers `init_non_persistent_buffers()`.
+      * the class attributes below where its values differ.
+
+    Args:
+        num_classes: Outputs of the classifier; 0 removes it.
+        in_chans: Channels of the image.
+        global_pool: One of `pool_types`; "" returns the feature map unpooled.
+
+    Raises:
+        ValueError: On an unknown `global_pool`, or by `forward_features` on an image smaller than `min_input_size`.
+    """
+
+    output_fmt = "NCHW"
+    pool_types: ClassVar[Tuple[str, ...]] = ("", "avg", "max", "avgmax", "catavgmax")
+    min_input_size: ClassVar[int] = 1  # pixels; the smallest height and width that every layer can take
+
+    if TYPE_CHECKING:  # hidden from TorchScript, which would take them for attribute types
+        stem: nn.Module
+        stages: nn.Sequential
+        norm: nn.Module
+        head: nn.Module
+
+    def __init__(self, num_classes: int, in_chans: int, global_pool: str) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = self.check_pool(global_pool)
+        self.output_fmt = type(self).output_fmt  # FeatureGetterNet and TorchScript look at the instance
+        self.feature_info: List[Dict[str, Any]] = []
+        self.num_features = 0
+        self.head_hidden_size = 0
+
+    @torch.jit.ignore
+    def check_pool(self, global_pool: str) -> str:
+        """The name itself if it is one of `pool_types`, else ValueError."""
+        if global_pool not in self.pool_types:
+            raise unknown_choice("global_pool", global_pool, self.pool_types)
+        return global_pool
+
+    @torch.jit.ignore
+    def finish(self, dims: Sequence[int], first_reduction: int = 4) -> None:
+        """Closes a constructor: feature_info and widths from the stages' channels, then initial weights.
+
+        Args:
+            dims: Channels of every stage.
+            first_reduction: Input pixels per pixel of the first stage's output; every later stage doubles it.
+        """
+        self.feature_info = [
+            {"num_chs": dim, "reduction": first_reduction * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.num_features = dims[-1]
+        self.head_hidden_size = getattr(self.head, "num_features", self.num_features)
+        self.init_weights(needs_reset=False)
+
+    # initialisation
+
+    @torch.jit.ignore
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialises every parameter and buffer, also after `to_empty` has left them undefined.
+
+        Args:
+            mode: "" for the family's own initialisation, "reset" for torch's defaults.
+            needs_reset: Start from `reset_parameters` of every module; False right after construction.
+        """
+        if mode not in ("", "reset"):
+            raise unknown_choice("weight init mode", mode, ("", "reset"))
+        for name, module in self.named_modules():
+            if needs_reset or mode == "reset":
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+                fill_buffers = getattr(module, "init_non_persistent_buffers", None)
+                if fill_buffers is not None:
+                    fill_buffers()
+            if mode == "":
+                self.init_module(module, name)
+
+    @torch.jit.ignore
+    def init_module(self, module: nn.Module, name: str) -> None:
+        """Initialises one module's own parameters; here truncated normal 0.02 for Conv2d and Linear, zero bias."""
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    # what optimisers and trainers ask for
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters that weight decay must leave alone, besides biases and norms."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that order parameters by depth, for layer-wise learning rates; by stage if `coarse`, else by block."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)"
+            if coarse
+            else [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks are recomputed in backward instead of being stored."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    # classifier
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, ...]]:
+        """The final linear layer, `nn.Identity` if there is none."""
+        return self.head.fc  # type: ignore[return-value]
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None, reset_other: bool = False) -> None:
+        """Replaces the classifier by a fresh one on the model's device, in its dtype and mode.
+
+        Args:
+            num_classes: Outputs; 0 removes the classifier.
+            global_pool: New pooling; None keeps the present one.
+            reset_other: Also drop whatever else the head has between pooling and classifier.
+        """
+        if global_pool is not None:
+            self.global_pool = self.check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head.reset(  # type: ignore[operator]
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features  # type: ignore[assignment]
+
+    # forward
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Features of several stages at once.
+
+        Args:
+            x: Image, (B, in_chans, height, width).
+            indices: Stages to return: the last n if an int, these if a list, all if None.
+            norm: Apply the final norm to the last stage's feature.
+            stop_early: Do not run the stages after the last one asked for.
+            output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
+            intermediates_only: Return the list only.
+
+        Returns:
+            The list of intermediates, or (final features in the model's own layout, intermediates).
+        """
+        if output_fmt != "NCHW" and output_fmt != "NHWC":
+            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")
+        intermediates: List[torch.Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+
+        if not torch.jit.is_scripting():
+            self.check_input(x)
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        reached = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            reached = i
+            if i in take_indices:
+                y = self.norm(x) if norm and i == last_index else x
+                if self.output_fmt == "NCHW" and output_fmt == "NHWC":
+                    y = y.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+                elif self.output_fmt == "NHWC" and output_fmt == "NCHW":
+                    y = y.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+                intermediates.append(y)
+
+        if intermediates_only:
+            return intermediates
+        if reached == last_index:
+            x = self.norm(x)  # sized for the last stage only
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Removes what the given stages' features do not need; returns the stages' indices.
+
+        Cutting stages off always takes norm and head along, which are sized for the last stage.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        cut = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "", reset_other=True)
+        return take_indices
+
+    @torch.jit.ignore
+    def check_input(self, x: torch.Tensor) -> None:
+        """ValueError if the image is smaller than the network can take. Silent under any tracer: shapes are symbols there."""
+        if is_traced(x):
+            return
+        height, width = x.shape[-2:]
+        if min(height, width) < self.min_input_size:
+            raise UserError(
+                f"{type(self).__name__} needs images of at least {self.min_input_size} x {self.min_input_size} pixels, "
+                f"got {height} x {width}"
+            )
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, in_chans, height, width) -> last feature map, unpooled, in the model's `output_fmt`."""
+        if not torch.jit.is_scripting():
+            self.check_input(x)
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Feature map -> logits (B, num_classes), or what the classifier would see if `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# building and loading
+
+
+def build(
+    model_cls: Callable[..., BackboneT],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Callable[[Dict[str, Any], nn.Module], Dict[str, torch.Tensor]],
+    sizes: Mapping[str, Any],
+    **kwargs: Any,
+) -> BackboneT:
+    """timm's factory for a four-stage family: `kwargs` (what the caller of a registered function gave) override `sizes`."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **{**sizes, **kwargs},
+    )
+
+
+def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: str, **overrides: Any) -> Dict[str, Any]:
+    """One entry of a family's `default_cfgs`: ImageNet-1k at 224 px with ImageNet's mean and std unless `overrides` say otherwise.
+
+    `hf_hub_id` must be the full name: timm completes `"timm/"` with the name of OUR architecture, which is not on the Hub.
+    """
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "license": license,
+        "origin_url": origin_url,
+        "paper_name": paper_name,
+        "paper_ids": paper_ids,
+        **overrides,
+    }
+
+
+def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """The tensors of a training checkpoint that nests them (averaged weights first), or the dict itself."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(checkpoint.get(key), dict):
+            return checkpoint[key]
+    return checkpoint
+
+
+# in-place activations, for `fuse`
+
+
+class InplaceGELU(nn.GELU):
+    """GELU that overwrites its input where nobody records or differentiates it, and is plain GELU elsewhere.
+
+    The hidden features of an MLP are a network's largest buffers: a second one for the activation costs page faults that were measured
+    as a quarter of SwiftFormer-S's time at batch 8 on a CPU. Only for an input that nothing else reads, as in `fc2(act(fc1(x)))`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and not is_traced(x) and not x.requires_grad:
+            return torch.ops.aten.gelu_(x, approximate=self.approximate)
+        return nn.functional.gelu(x, approximate=self.approximate)
+
+
+def inplace_activation(act: nn.Module) -> nn.Module:
+    """The same activation in place where torch can (GELU, ReLU, SiLU, Hardswish); any other module comes back as it is."""
+    if isinstance(act, nn.GELU):
+        return InplaceGELU(act.approximate).train(act.training)
+    if isinstance(act, (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)):
+        act = copy.copy(act)
+        act.inplace = True
+    return act
+
+
+# folding: exact algebra in float64, results in the layer's own dtype; every function returns a new layer
+
+
+def batch_norm_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift), each (C,) float64, with norm(x) = scale * x + shift in eval mode."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"only a BatchNorm with running statistics can be folded, got {type(norm).__name__}")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight.detach().double(), shift * norm.weight.detach().double()
+        shift = shift + norm.bias.detach().double()
+    return scale, shift
+
+
+def _with_weights(layer: LayerT, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> LayerT:
+    dtype, trainable = layer.weight.dtype, layer.weight.requires_grad
+    folded = copy.deepcopy(layer)
+    folded.weight = nn.Parameter(weight.to(dtype), requires_grad=trainable)
+    folded.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=trainable)  # type: ignore[assignment]
+    return folded
+
+
+def fold_output_affine(layer: LayerT, scale: torch.Tensor, shift: Optional[torch.Tensor] = None) -> LayerT:
+    """The layer whose output is scale * layer(x) + shift; for what FOLLOWS a layer: BatchNorm or layer scale. Always exact.
+
+    Args:
+        layer: Conv2d (any groups, stride, padding) or Linear.
+        scale: C_out values of any shape.
+        shift: C_out values of any shape, or None for zero.
+    """
+    scale = scale.detach().double().flatten()
+    weight = layer.weight.detach().double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+    bias = None if layer.bias is None else layer.bias.detach().double() * scale
+    if shift is not None:
+        shift = shift.detach().double().flatten()
+        bias = shift if bias is None else bias + shift
+    return _with_weights(layer, weight, bias)
+
+
+def fold_input_affine(layer: LayerT, scale: torch.Tensor, shift: Optional[torch.Tensor] = None) -> LayerT:
+    """The layer whose output is layer(scale * x + shift); for what PRECEDES a layer.
+
+    Args:
+        layer: Conv2d (any groups) or Linear.
+        scale: C_in values of any shape.
+        shift: C_in values of any shape, or None for zero.
+
+    Raises:
+        ValueError: If there is a shift and the convolution pads: the zeros at the border would have to be shifted too.
+    """
+    scale = scale.detach().double().flatten()
+    weight = layer.weight.detach().double()
+    groups = 1
+    if isinstance(layer, nn.Conv2d):
+        groups = layer.groups
+        if shift is not None and layer.padding not in ((0, 0), "valid"):
+            raise ValueError(f"a shift before a padded convolution cannot be folded, got padding={layer.padding}")
+    kernel = [1] * (weight.ndim - 2)
+
+    def per_weight(value: torch.Tensor) -> torch.Tensor:
+        value = value.reshape(groups, 1, -1).expand(
+            groups, weight.shape[0] // groups, -1
+        )  # (groups, C_out / groups, C_in / groups)
+        return value.reshape(weight.shape[0], weight.shape[1], *kernel)
+
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    if shift is not None:
+        moved = (weight * per_weight(shift.detach().double().flatten())).flatten(1).sum(1)  # (C_out,)
+        bias = moved if bias is None else bias + moved
+    return _with_weights(layer, weight * per_weight(scale), bias)
+
+
+def fold_norm_after(layer: LayerT, norm: nn.Module) -> LayerT:
+    """norm(layer(x)) as one layer; an Identity leaves the layer as it is."""
+    return layer if isinstance(norm, nn.Identity) else fold_output_affine(layer, *batch_norm_affine(norm))
+
+
+def fold_norm_before(norm: nn.Module, layer: LayerT) -> LayerT:
+    """layer(norm(x)) as one layer; an Identity leaves the layer as it is. ValueError on a padded convolution."""
+    return layer if isinstance(norm, nn.Identity) else fold_input_affine(layer, *batch_norm_affine(norm))

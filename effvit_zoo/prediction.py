@@ -1,0 +1,125 @@
+"""From picture files to ranked classes: preprocessing, batches and names as the model's own config has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor, nn
+
+from . import hub
+from .errors import UserError
+from .images import BadImage, open_image
+
+READERS = 4  # threads that decode; Pillow leaves the interpreter lock while it does
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The best classes of one picture, best first."""
+
+    image: Path
+    indices: tuple[int, ...]
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    """Softmax over all classes; sums to 1 only if all of them are listed."""
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """A name to show for each logit: the model's own labels, ImageNet's for a head of its size, else the numbers."""
+    names = hub.label_names(model)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    if names is not None:
+        described = cfg.get("label_descriptions") or {}
+        if not described and (subset := infer_imagenet_subset(model)):
+            described = ImageNetInfo(subset).label_descriptions(as_dict=True)  # for labels that are WordNet ids
+        return tuple(str(described.get(name, name)) for name in names)
+    if subset := infer_imagenet_subset(model):
+        return tuple(ImageNetInfo(subset).label_descriptions())
+    return tuple(str(index) for index in range(getattr(model, "num_classes", 0)))
+
+
+def predict(
+    model: nn.Module,
+    paths: Iterable[Path],
+    *,
+    topk: int = 5,
+    batch_size: int = 16,
+    device: str | torch.device = "cpu",
+    on_bad: Callable[[BadImage], None] | None = None,
+) -> Iterator[Prediction]:
+    """Classifies pictures, in order.
+
+    Args:
+        model: A timm classifier; it is moved to the device and put into eval mode.
+        paths: Picture files.
+        topk: Classes per picture, at most as many as the model has.
+        batch_size: Pictures per forward pass.
+        device: Where to compute.
+        on_bad: Called with the error of each unreadable file, which is then left out; None raises it.
+
+    Raises:
+        UserError: The model has no classifier, or a number is out of range.
+        BadImage: An unreadable file, where there is no `on_bad`.
+    """
+    if not getattr(model, "num_classes", 0):
+        raise UserError("the model has no classifier to predict with (num_classes is 0)")
+    if topk < 1:
+        raise UserError(f"topk must be at least 1, got {topk}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    data_config = resolve_model_data_config(model)
+    transform = create_transform(**data_config, is_training=False)
+    mode = {1: "L", 3: "RGB"}.get(data_config["input_size"][0])
+    if mode is None:
+        raise UserError(f"the model takes {data_config['input_size'][0]} channels, pictures have 3 or 1")
+    names = class_names(model)
+    model = model.to(device).eval()
+
+    def read(path: Path) -> Tensor | BadImage:
+        try:
+            return transform(open_image(path).convert(mode))
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for batch in _batches(paths, batch_size):
+            good: list[Path] = []
+            tensors: list[Tensor] = []
+            for path, result in zip(batch, readers.map(read, batch), strict=True):
+                if isinstance(result, Tensor):
+                    good.append(path)
+                    tensors.append(result)
+                elif on_bad is None:
+                    raise result
+                else:
+                    on_bad(result)
+            if tensors:
+                yield from _classify(model, good, torch.stack(tensors).to(device), names, topk)
+
+
+def _classify(
+    model: nn.Module, paths: list[Path], images: Tensor, names: tuple[str, ...], topk: int
+) -> Iterator[Prediction]:
+    """Images (B, C, H, W), one per path."""
+    with torch.inference_mode():
+        probabilities = model(images).float().softmax(dim=1)
+    values, indices = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+    for path, row, best in zip(paths, values.tolist(), indices.tolist(), strict=True):
+        yield Prediction(path, tuple(best), tuple(names[index] for index in best), tuple(row))
+
+
+def _batches(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    for path in paths:
+        batch.append(path)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""Training and evaluation: data, tasks, one engine, optimisers, checkpoints and reports."""

@@ -1,0 +1,101 @@
+"""Resumable checkpoints of a run: accelerate's state of model, optimizer and scaler, the averaged weights, and our counters.
+
+A checkpoint is a folder `checkpoints/step-00000500`. It is written under another name and renamed when complete, so that a
+kill or a full disk at any moment leaves the last good one. Weights are safetensors; optimizer files are read back by
+accelerate with weights_only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
+
+from ..errors import UserError
+
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class RunState:
+    """What a run has to remember beside tensors. Random numbers are functions of (seed, step), so no generator state is among it."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    batch: int = 0
+    """Largest number of images per optimizer step, over all processes."""
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Of the epoch under way: images, loss x images, top-1 x images."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A row per finished epoch."""
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    best: dict[str, Any] = field(default_factory=dict)
+    """Of the best epoch: its `Evaluation` as numbers and lists."""
+    seconds: float = 0.0
+    """Wall-clock time of the run, summed over its sittings."""
+    bad_files: dict[str, str] = field(default_factory=dict)
+    """Unreadable files and the reasons."""
+
+
+def find_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _FOLDER.fullmatch(path.name)]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def save_checkpoint(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: RunState, keep: int) -> Path:
+    """Writes `checkpoints/step-N` and removes all but the newest `keep`. Call it on every process, with equal states."""
+    folder = run / "checkpoints"
+    target, writing = folder / f"step-{state.step:08d}", folder / "writing"
+    if accelerator.is_main_process:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(writing))
+    if accelerator.is_main_process:
+        if ema is not None:
+            save_file(
+                {key: value.contiguous() for key, value in ema.module.state_dict().items()}, writing / "ema.safetensors"
+            )
+        (writing / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        writing.rename(target)
+        complete = sorted(
+            (path for path in folder.glob("step-*") if _FOLDER.fullmatch(path.name)),
+            key=lambda path: int(path.name[5:]),
+        )
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path, accelerator: Accelerator, ema: ModelEmaV3 | None) -> RunState:
+    """Puts a checkpoint's tensors into what was prepared with the accelerator, and returns its counters."""
+    try:
+        state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        accelerator.load_state(str(folder))
+        if ema is not None:
+            ema.module.load_state_dict(load_file(folder / "ema.safetensors", device=str(accelerator.device)))
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        torch.serialization.pickle.UnpicklingError,
+    ) as error:
+        raise UserError(f"checkpoint {folder} can't be resumed from: {' '.join(str(error).split())[:300]}") from error
+    if not accelerator.is_main_process:
+        state.sums = [0.0, 0.0, 0.0]  # the sums of all processes live on the main one
+    return state

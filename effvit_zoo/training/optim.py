@@ -1,0 +1,44 @@
+"""Optimizer, learning-rate schedule and averaged weights, from timm's factories."""
+
+from __future__ import annotations
+
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import UserError
+from .config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """timm's optimizer by name; weights of norms, biases and what the model names in `no_weight_decay` don't decay."""
+    optional = {"betas": config.betas, "eps": config.eps}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **{key: value for key, value in optional.items() if value is not None},
+        )
+    except TypeError as error:
+        raise UserError(f"optimizer {config.name!r} does not take these settings: {error}") from None
+
+
+def make_scheduler(optimizer: Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule, a function of the number of finished optimizer steps: `scheduler.step_update(step)`."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.schedule,
+        num_epochs=epochs,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler

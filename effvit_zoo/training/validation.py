@@ -1,0 +1,213 @@
+"""`validate.py` and `effzoo validate`: top-1, top-5, per-class table and speed of any model on any data set."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from timm.data import resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .. import cost, hub
+from ..errors import UserError
+from ..images import MODES
+from .data import Source, StreamSource, open_source
+from .evaluation import Evaluation, evaluate
+from .loader import (
+    Batch,
+    BatchPlan,
+    KeyedImages,
+    StreamedImages,
+    collate,
+    make_loader,
+    validation_transform,
+    worker_count,
+)
+from .report import environment, write_atomically
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, help="effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
+    )
+    parser.add_argument("--pretrained", action="store_true", help="with a model name: its public weights")
+    parser.add_argument(
+        "--data", default="builtin:fashion-mnist-mini", help="as data.root in a config (default: %(default)s)"
+    )
+    parser.add_argument("--split", default="val", help="split of the data (default: %(default)s)")
+    parser.add_argument("--img-size", type=int, nargs="+", help="one or more sizes in pixels (default: the model's)")
+    parser.add_argument(
+        "--crop-pct", type=float, help="share of the resized image that is looked at (default: the model's)"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="loader processes (default: one per core, at most 8)")
+    parser.add_argument("--results-file", type=Path, help="write results to FILE.json or FILE.csv")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Validates, prints and writes; `args` as `add_arguments` defines them. Raises `UserError`."""
+    if args.results_file and args.results_file.suffix not in (".json", ".csv"):
+        raise UserError(f"--results-file {args.results_file}: expected a name that ends in .json or .csv")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    brought = hub.brings_weights(args.model)
+    model = hub.load(args.model, pretrained=args.pretrained or brought)
+    labels = hub.label_names(model)
+    trained = hub.read_config(args.model).get(hub.EXTRA_KEY, {}) if brought else {}
+    # images that training held out of an undivided folder are found again by its seed and share
+    held_out = {key: trained[key] for key in ("seed", "val_fraction") if key in trained}
+    source = open_source(args.data, args.split, img_mode=MODES[model.pretrained_cfg["input_size"][0]], **held_out)
+    results = [validate(model, source, labels, args, size) for size in args.img_size or [None]]
+    for result in results:
+        _print(result)
+    if args.results_file:
+        args.results_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            args.results_file, _as_json(results) if args.results_file.suffix == ".json" else _as_csv(results)
+        )
+
+
+def validate(
+    model: nn.Module, source: Source, labels: tuple[str, ...] | None, args: argparse.Namespace, size: int | None
+) -> dict[str, Any]:
+    """One model on one source at one input size, as a row of results."""
+    order = class_order(source.class_names, labels, model.num_classes)
+    data_config = resolve_data_config({"crop_pct": args.crop_pct} if args.crop_pct else {}, model=model)
+    if size is not None:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+        data_config["input_size"] = (data_config["input_size"][0], size, size)
+    accelerator = Accelerator()
+    model = model.to(accelerator.device)
+    transform, workers = validation_transform(data_config), worker_count(args.workers, 1)
+    if isinstance(source, StreamSource):
+        stream = StreamedImages(source, transform, None)
+        loader, total = DataLoader(stream, args.batch_size, num_workers=workers, collate_fn=collate), None
+    else:
+        plan = BatchPlan(len(source), args.batch_size)
+        total = plan.steps_per_epoch
+        images = KeyedImages(source, transform, seed=None, replace_bad=False)
+        loader = make_loader(images, plan.batches(0, 0, total), workers)
+    bad: dict[str, str] = {}
+
+    def note(entries: list[tuple[str, str]]) -> None:
+        for name, reason in entries:
+            bad[name] = reason
+            tqdm.write(f"skipped {name}: {reason}")
+
+    batches = tqdm(relabelled(loader, order), total=total, unit="batch", leave=False)
+    result = evaluate(model, batches, model.num_classes, accelerator, note)
+    names = labels or source.class_names
+    return {
+        "model": args.model,
+        "data": args.data,
+        "split": args.split,
+        "input_size": list(data_config["input_size"]),
+        "crop_pct": data_config["crop_pct"],
+        "images": result.images,
+        "bad_files": len(bad),
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "images_per_second": result.images_per_second,
+        "params": cost.count_params(model),
+        "macs": cost.count_macs(model, data_config["input_size"]),
+        "per_class": _named(result, names),
+    } | environment()
+
+
+def class_order(source_classes: tuple[str, ...], labels: tuple[str, ...] | None, num_classes: int) -> list[int]:
+    """The model's class index of each class of the data, by name where both have names, else by position.
+
+    Raises:
+        UserError: When the data has a class that the model doesn't know.
+    """
+    if labels is not None:
+        places = {name: index for index, name in enumerate(labels)}
+        strange = [name for name in source_classes if name not in places]
+        if not strange:
+            return [places[name] for name in source_classes]
+        if any(name in places for name in source_classes) or len(source_classes) != num_classes:
+            raise UserError(
+                f"the model doesn't know {len(strange)} of the data's {len(source_classes)} classes, the first is {strange[0]!r}"
+            )
+    if len(source_classes) > num_classes:
+        raise UserError(f"the data has {len(source_classes)} classes, the model {num_classes}")
+    return list(range(len(source_classes)))
+
+
+def relabelled(batches: Iterable[Batch], order: list[int]) -> Iterator[Batch]:
+    """Batches whose class indices are the model's instead of the data's."""
+    table = torch.tensor(order)
+    for batch in batches:
+        yield batch if batch["target"] is None else batch | {"target": table[batch["target"]]}
+
+
+def _named(result: Evaluation, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = result.per_class()
+    confused = result.confusion - np.diag(np.diag(result.confusion))
+    return [
+        {"class": names[index] if index < len(names) else str(index)}
+        | row
+        | {
+            "taken_for": names[int(confused[index].argmax())]
+            if confused[index].any() and int(confused[index].argmax()) < len(names)
+            else None
+        }
+        for index, row in enumerate(rows)
+        if row["images"]
+    ]
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{result['model']} on {result['data']} ({result['split']}), {'x'.join(map(str, result['input_size'][1:]))} pixels"
+    )
+    for column, justify in (
+        ("class", "left"),
+        ("images", "right"),
+        ("recall %", "right"),
+        ("precision %", "right"),
+        ("most taken for", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in result["per_class"]:
+        percent = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("recall", "precision")]
+        table.add_row(row["class"], str(row["images"]), *percent, row["taken_for"] or "")
+    console = Console()
+    console.print(table)
+    skipped = f", {result['bad_files']} unreadable files skipped" if result["bad_files"] else ""
+    console.print(
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on {result['images']} images, "
+        f"{result['images_per_second']:.0f} images/s{skipped}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _as_json(results: list[dict[str, Any]]) -> str:
+    return json.dumps(results[0] if len(results) == 1 else results, indent=2, ensure_ascii=False) + "\n"
+
+
+def _as_csv(results: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    plain = [
+        {key: value for key, value in result.items() if not isinstance(value, list | dict) or key == "input_size"}
+        for result in results
+    ]
+    writer = csv.DictWriter(text, list(plain[0]))
+    writer.writeheader()
+    writer.writerows(row | {"input_size": "x".join(map(str, row["input_size"]))} for row in plain)
+    return text.getvalue()

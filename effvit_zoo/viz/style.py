@@ -1,0 +1,120 @@
+"""How this package's figures look, in one place: colours, type sizes, lines, and the way into a file.
+
+Figures are drawn on their own canvas: nothing here touches pyplot, its current figure or the backend chosen by the caller.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import ImageFont
+
+INK, QUIET, RULE, PAPER = "#22272e", "#6b7480", "#d9dde2", "#ffffff"
+BLUE, ORANGE, GREEN = "#2f6db0", "#d4682a", "#3d8f5f"
+SERIES = (BLUE, ORANGE, GREEN, "#8c5aa8", "#b98a1d", "#4a9aa8")
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fb", "#c5d8ec", "#7fabd6", "#3a78b8", "#153d6b"])
+
+_RC: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a class may be called "$5 note"
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff2",
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": QUIET,
+    "ytick.labelcolor": QUIET,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+}
+
+
+@contextmanager
+def figure(width: float, height: float, path: str | Path) -> Iterator[Figure]:
+    """A figure of the given size in inches, written to `path` (type by its suffix, 150 dpi) when the block ends.
+
+    The file appears complete or not at all.
+    """
+    path = Path(path)
+    with matplotlib.rc_context(_RC):
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06)
+        fig = Figure(figsize=(width, height), layout=layout)
+        FigureCanvasAgg(fig)
+        yield fig
+        writing = path.with_name(f".{path.name}.writing")
+        try:
+            fig.savefig(writing, format=path.suffix.lstrip(".") or "png", dpi=150)
+            os.replace(writing, path)
+        finally:
+            writing.unlink(missing_ok=True)
+
+
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
+    """Writes each line's name right of its last point, instead of a legend; names that would touch are moved apart.
+
+    Args:
+        ax: Axes with all their lines.
+        ends: (x, y, name, colour) per line, in data coordinates.
+        gap: Least distance between two names as a share of the axes' height.
+    """
+    ax.autoscale_view()  # limits are settled lazily
+    to_axes = ax.transData + ax.transAxes.inverted()
+    placed: list[tuple[float, float, str, str]] = []
+    for x, y, name, colour in ends:
+        x_axes, y_axes = to_axes.transform((x, y))
+        placed.append((y_axes, x_axes, name, colour))
+    placed.sort()
+    heights = [y for y, *_ in placed]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    overflow = max(0.0, heights[-1] - 1) if heights else 0.0
+    for height, (_, x_axes, name, colour) in zip(heights, placed, strict=True):
+        ax.annotate(
+            name,
+            (x_axes, height - overflow),
+            xycoords="axes fraction",
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9.5,
+            annotation_clip=False,
+        )
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters, the end replaced by an ellipsis."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+@cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The same typeface for drawing on pictures, `size` pixels high. It comes with matplotlib, so it is always there."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -1,0 +1,232 @@
+"""The `effzoo` command: what it prints, and that every mistake is one line and exit code 2."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import effvit_zoo
+from effvit_zoo import cost, hub
+from effvit_zoo.cli import COMMANDS, main
+
+NAME = "test_vit"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that says "red" or "blue": only the first pixels of its patches reach its head."""
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=3, img_size=32)
+    path = tmp_path_factory.mktemp("models") / "run" / "best"
+    return hub.save(
+        model,
+        path,
+        label_names=["red", "blue", "green"],
+        data_config={"input_size": (3, 32, 32)},
+        extra={"top1": 61.5, "epoch": 3},
+    )
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five pictures in two folders, one file that is none."""
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "more/a.png", "more/c.bmp", "more/d.webp"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "broken.png").write_bytes(b"\x89PNG\r\n")
+    return tmp_path / "photos"
+
+
+def error_line(argv, capsys):
+    """The one line that a failing command prints."""
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    assert not output.out
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def printed(argv, capsys):
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    assert not output.err
+    return output.out
+
+
+def test_help_and_version(capsys):
+    for argv in ([], ["--help"]):
+        text = printed(argv, capsys)
+        assert all(f"  {name} " in text for name in COMMANDS)
+    assert printed(["--version"], capsys) == f"effvit_zoo {effvit_zoo.__version__}\n"
+    for name in COMMANDS:
+        assert f"usage: effzoo {name}" in printed([name, "--help"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["lst"], "unknown command 'lst': did you mean 'list'?"),
+        (["list", "--familly", "swin"], "--familly"),
+        (["list", "--family", "swiftforme"], "unknown family 'swiftforme': did you mean 'swiftformer'?"),
+        (["list", "--max-params", "ten"], "invalid float value: 'ten'"),
+        (["list", "swiftfromer_xs"], "unknown model 'swiftfromer_xs': did you mean"),
+        (["list", "swiftformer", "--max-params", "0"], "models matches"),
+        (["list", "--json", "--csv"], "not allowed with"),
+        (["info"], "required: MODEL"),
+        (["info", "test_vitt"], "did you mean 'test_vit"),
+        (["info", "./nowhere"], "model folder nowhere is not there"),
+        (["predict", "x.png"], "required: --model"),
+        (["predict", "--model", NAME], "required: IMAGE"),
+        (["predict", "--model", NAME, "x.png", "--topk", "0"], "expected a whole number of at least 1, got '0'"),
+        (["predict", "--model", NAME, "x.png", "--batch-size", "many"], "got 'many'"),
+        (["predict", "--model", NAME, "x.png", "--device", "gpu"], "device 'gpu' can't be used"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    assert message in error_line(argv, capsys)
+
+
+def test_module_and_exit_code_in_a_process_of_its_own():
+    command = "import sys; from effvit_zoo.cli import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", command, "info", "no_such_net"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown model 'no_such_net'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_list_agrees_with_the_registry(capsys):
+    rows = json.loads(printed(["list", "swiftformer", "--json"], capsys))
+    assert [row["model"] for row in rows] == effvit_zoo.list_models("*swiftformer*")
+    row = rows[-1]
+    assert row["params"] == sum(p.numel() for p in timm.create_model(row["model"]).parameters())
+    assert row["family"] == "swiftformer"
+    assert row["input_size"] == [3, 224, 224]
+
+
+def test_list_filters(capsys):
+    rows = list(csv.DictReader(io.StringIO(printed(["list", "swiftformer", "--csv"], capsys))))
+    assert [row["model"] for row in rows] == effvit_zoo.list_models("*swiftformer*")
+    small = json.loads(printed(["list", "swiftformer", "--max-params", "6.5", "--max-macs", "1.01", "--json"], capsys))
+    assert [row["model"] for row in small] == [
+        row["model"] for row in rows if int(row["params"]) <= 6.5e6 and int(row["macs"]) <= 1.01e9
+    ]
+    family = json.loads(printed(["list", "--family", "swiftformer", "--json"], capsys))
+    assert family
+    assert {row["family"] for row in family} == {"swiftformer"}
+    patterns = json.loads(printed(["list", "effzoo_*", "swift", "*r_s", "--json"], capsys))
+    assert [row["model"] for row in patterns] == ["effzoo_swiftformer_s"]
+    trained = json.loads(printed(["list", "swiftformer", "--pretrained", "--json"], capsys))
+    assert all(row["weights"] for row in trained)
+
+
+def test_list_as_text(capsys, tmp_path):
+    text = printed(["list", "effzoo_swiftformer_xs"], capsys)
+    assert [line.split()[0] for line in text.splitlines()] == ["model", "effzoo_swiftformer_xs"]
+    assert printed(["list", "effzoo_swiftformer_xs", "--output", str(tmp_path / "a" / "list.txt")], capsys) == ""
+    assert (tmp_path / "a" / "list.txt").read_text() == text
+
+
+def test_macs_follow_the_definition():
+    """A convolution of k x k x Cin x Cout over H x W outputs, matrix products, and attention's two."""
+    assert cost.count_macs(timm.create_model(NAME, device="meta")) == cost.count_macs(timm.create_model(NAME))
+    model = timm.create_model(NAME, num_classes=10, img_size=64).train()
+    tokens, dim, hidden, depth = 4 * 4 + 1, 64, 192, len(model.blocks)
+    attention = 4 * tokens * dim * dim + 2 * tokens * tokens * dim
+    expected = 16 * dim * 3 * 16 * 16 + depth * (attention + 2 * tokens * dim * hidden) + 10 * dim
+    assert cost.count_macs(model) == expected
+    assert all(module.training for module in model.modules())
+
+
+def test_info_of_a_name_and_of_a_run_folder(folder, capsys):
+    facts = json.loads(printed(["info", NAME, "--json"], capsys))
+    assert (facts["input_size"], facts["num_classes"], facts["params"]) == ([3, 160, 160], 1000, 371240)
+    assert facts["weights"][0]["tag"] == "r160_in1k"
+    assert "measured" not in facts
+    facts = json.loads(printed(["info", str(folder.parent), "--json"], capsys))
+    assert facts["architecture"] == NAME
+    assert facts["labels"] == ["red", "blue", "green"]
+    assert facts["measured"] == {"top1": 61.5, "epoch": 3}
+    text = printed(["info", str(folder.parent)], capsys)
+    assert "red, blue, green" in text
+    assert "top1: 61.5" in text
+
+
+def test_predict_is_what_the_model_says(folder, photos, capsys):
+    rows = json.loads(printed(["predict", "--model", str(folder), str(photos / "more"), "--json"], capsys))
+    assert [row["image"] for row in rows] == [str(photos / "more" / name) for name in ("a.png", "c.bmp", "d.webp")]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.inference_mode():
+        expected = model(transform(Image.open(photos / "more" / "a.png"))[None]).softmax(1)[0]
+    classes = rows[0]["classes"]
+    assert [entry["index"] for entry in classes] == expected.argsort(descending=True).tolist()
+    assert [entry["label"] for entry in classes] == [("red", "blue", "green")[entry["index"]] for entry in classes]
+    assert [entry["probability"] for entry in classes] == pytest.approx(expected.sort(descending=True).values.tolist())
+
+
+def test_predict_skips_what_it_cannot_read(folder, photos, capsys):
+    argv = ["predict", "--model", str(folder), str(photos), str(photos / "gone.png"), "--csv", "--topk", "1"]
+    assert main([*argv, "--batch-size", "2"]) == 0
+    output = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(output.out)))
+    assert len(rows) == 5
+    assert {row["rank"] for row in rows} == {"1"}
+    skipped = output.err.splitlines()
+    assert len(skipped) == 2
+    assert "gone.png: there is no such file" in skipped[0]
+    assert "broken.png: " in skipped[1]
+
+
+def test_predict_with_nothing_to_read(folder, photos, capsys):
+    assert main(["predict", "--model", str(folder), str(photos / "broken.png")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("skipped: cannot read image ")
+    assert lines[1:] == ["error: none of the 1 pictures could be read"]
+    assert main(["predict", "--model", str(folder), "gone.png"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == ["error: there is no picture to classify"]
+
+
+def test_predict_draws_every_picture_once(folder, photos, tmp_path, capsys):
+    drawn = tmp_path / "drawn"
+    argv = ["predict", "--model", str(folder), str(photos / "more"), str(photos / "a.png"), "--draw", str(drawn)]
+    assert main(argv) == 0
+    names = sorted(path.name for path in drawn.iterdir())
+    assert names == ["a-2.png", "a.png", "c.png", "d.png"]
+    assert all(Image.open(drawn / name).width >= 320 for name in names)
+    assert "is a file, expected a folder" in error_line([*argv[:-1], str(photos / "a.png")], capsys_cleared(capsys))
+
+
+def capsys_cleared(capsys):
+    capsys.readouterr()
+    return capsys
+
+
+def test_predict_in_grey_and_without_labels(tmp_path, photos, capsys):
+    folder = hub.save(timm.create_model(NAME, num_classes=4, in_chans=1, img_size=32), tmp_path / "grey")
+    rows = json.loads(printed(["predict", "--model", str(folder), str(photos / "a.png"), "--json"], capsys))
+    assert sorted(entry["label"] for entry in rows[0]["classes"]) == ["0", "1", "2", "3"]
+
+
+def test_imagenet_names_for_a_head_of_its_size(tmp_path, photos, capsys):
+    folder = hub.save(timm.create_model(NAME), tmp_path / "imagenet")
+    rows = json.loads(printed(["predict", "--model", str(folder), str(photos / "a.png"), "--json"], capsys))
+    names = timm.data.ImageNetInfo("imagenet-1k").label_descriptions()
+    assert all(entry["label"] == names[entry["index"]] for entry in rows[0]["classes"])
+
+
+def test_models_without_a_classifier_cannot_predict(tmp_path, photos, capsys):
+    folder = hub.save(timm.create_model(NAME, num_classes=0), tmp_path / "headless")
+    line = error_line(["predict", "--model", str(folder), str(photos / "a.png")], capsys)
+    assert "no classifier to predict with" in line

@@ -1,0 +1,640 @@
+"""Data sources: the embedded set against its origin, folders against timm's reader, every kind of root, and every error a user can make."""
+
+import gzip
+import importlib.util
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import tarfile
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torchvision.datasets import FashionMNIST
+
+from effvit_zoo.errors import UserError
+from effvit_zoo.images import BadImage
+from effvit_zoo.training import data
+from effvit_zoo.training.data import open_source, open_splits
+
+ASSETS = files("effvit_zoo").joinpath("assets")
+
+
+def picture(value, size=(6, 5)):
+    return Image.new("RGB", size, (value % 256, value // 256 % 256, 77))
+
+
+def fill(root, counts, suffix=".png", start=0):
+    """`counts` images a folder, each with a colour of its own."""
+    for folder, count in counts.items():
+        path = root / folder
+        path.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            picture(start := start + 1).save(path / f"{i}{suffix}")
+    return root
+
+
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def inside(source, root):
+    return {os.path.relpath(name, root) for name in names(source)}
+
+
+# The embedded set and its origin
+
+
+@pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("test", 200)])
+def test_mini_is_balanced(split, per_class):
+    source = open_source("builtin:fashion-mnist-mini", split)
+    assert np.bincount(source.targets).tolist() == [per_class] * 10
+    assert source.class_names == tuple(FashionMNIST.classes)
+    image, target = source.load(per_class * 3 + 5)
+    assert (image.mode, image.size, target) == ("RGB", (28, 28), 3)
+    assert source.name(7) == f"fashion-mnist-mini {split}[7]"
+
+
+def test_mini_is_the_documented_file():
+    digest = sha256(ASSETS.joinpath("fashion_mnist_mini.png").read_bytes()).hexdigest()
+    assert f"{digest}  fashion_mnist_mini.png" in ASSETS.joinpath("README.md").read_text()
+    assert "Copyright (c) 2017 Zalando SE" in ASSETS.joinpath("LICENSE.fashion-mnist").read_text()
+
+
+def draw_module():
+    path = Path(__file__).parent.parent / "tools" / "draw_fashion_mnist_mini.py"
+    spec = importlib.util.spec_from_file_location("draw_fashion_mnist_mini", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_idx(folder, per_class=3):
+    """Four small idx files in Fashion-MNIST's format."""
+    folder.mkdir(parents=True)
+    for stem, count in (("train", per_class * 10), ("t10k", 20)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        for part, array in (("images-idx3", images), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (folder / f"{stem}-{part}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+            (folder / f"{stem}-{part}-ubyte").write_bytes(header + array.tobytes())  # as torchvision wants them
+
+
+def test_drawing_is_by_hash_and_balanced(tmp_path):
+    draw = draw_module()
+    labels = np.random.default_rng(0).integers(0, 10, 15_000)
+    rows = draw.draw_rows(labels, "train")
+    assert np.array_equal(labels[rows], np.repeat(np.arange(10), 1000))
+    ranks = {row: sha256(f"0/train/{row}".encode()).digest() for row in np.flatnonzero(labels == 4).tolist()}
+    drawn = set(rows[4000:5000].tolist())
+    assert max(ranks[row] for row in drawn) < min(rank for row, rank in ranks.items() if row not in drawn)
+    with pytest.raises(UserError, match="train idx files are not in"):
+        draw.draw_mosaic(str(tmp_path))
+
+
+@pytest.mark.skipif(not Path(data.DEBIAN_FOLDER).is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_drawing_again_gives_the_embedded_images():
+    with Image.open(ASSETS.joinpath("fashion_mnist_mini.png").open("rb")) as image:
+        assert np.array_equal(draw_module().draw_mosaic(data.DEBIAN_FOLDER), np.asarray(image))
+    full = open_splits("builtin:fashion-mnist")
+    assert (len(full.train), len(full.val)) == (60_000, 10_000)
+
+
+@pytest.mark.parametrize("place", ["", "fashion-mnist", "FashionMNIST/raw"])
+def test_full_set_comes_from_the_folder_given_or_from_the_environment(tmp_path, monkeypatch, place):
+    write_idx(tmp_path / "data" / place if place else tmp_path / "data")
+    given = open_splits(f"builtin:fashion-mnist@{tmp_path / 'data'}")
+    monkeypatch.setenv("EFFVIT_ZOO_DATA", str(tmp_path / "data"))
+    for splits in (given, open_splits("builtin:fashion-mnist")):
+        assert (len(splits.train), len(splits.val)) == (30, 20)
+        assert splits.val.target(13) == 3
+        grey = np.random.default_rng(20).integers(0, 256, (20, 28, 28), dtype=np.uint8)[13]
+        assert np.array_equal(np.asarray(splits.val.load(13)[0])[..., 1], grey)
+
+
+def test_full_set_that_is_nowhere_names_the_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("EFFVIT_ZOO_DATA", raising=False)
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match=r"EFFVIT_ZOO_DATA.*builtin:fashion-mnist@.*dataset-fashion-mnist.*torchvision"):
+        open_source("builtin:fashion-mnist")
+    with pytest.raises(UserError, match="does not hold Fashion-MNIST's files"):
+        open_source(f"builtin:fashion-mnist@{tmp_path}")
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08")
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot read .*t10k-images-idx3-ubyte as an idx file"):
+        open_source(f"builtin:fashion-mnist@{tmp_path}")
+    with pytest.raises(UserError, match=r"unknown embedded data set 'fashion-mnst': did you mean 'fashion-mnist'\?"):
+        open_source("builtin:fashion-mnst")
+
+
+# Folders
+
+
+def test_folder_equals_timms_reader(tmp_path):
+    fill(tmp_path, {"class10": 2, "class9": 1, "Apple": 2, "animals/dog": 2, "animals/cat/young": 1})
+    source, reader = open_source(tmp_path), ReaderImageFolder(str(tmp_path))
+    assert {name: i for i, name in enumerate(source.class_names)} == reader.class_to_idx
+    assert source.class_names == ("Apple", "class9", "class10", "dog", "young")
+    assert dict(zip(names(source), source.targets.tolist(), strict=True)) == dict(reader.samples)
+    for i, name in enumerate(names(source)):
+        image, target = source.load(i)
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(name)))
+        assert target == source.target(i)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "val"), ("Train", "VALID"), ("training", "validation"), ("train", "test")]
+)
+def test_split_folders_go_by_many_names(tmp_path, train, val):
+    fill(tmp_path, {f"{train}/cat": 3, f"{train}/dog": 2, f"{val}/cat": 1, f"{val}/dog": 1})
+    (tmp_path / "notes").mkdir()
+    splits = open_splits(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (5, 2)
+    assert splits.class_names == splits.val.class_names == ("cat", "dog")
+    assert inside(splits.val, tmp_path / val) == {"cat/0.png", "dog/0.png"}
+    assert len(open_source(tmp_path)) == len(open_source(tmp_path, val)) == 2
+    assert len(open_source(tmp_path, "train")) == 5
+
+
+def test_val_goes_before_test_and_can_be_chosen(tmp_path):
+    fill(tmp_path, {f"{split}/{c}": n for split, n in (("train", 4), ("val", 2), ("test", 3)) for c in "ab"})
+    assert len(open_splits(tmp_path).val) == 4
+    assert len(open_splits(tmp_path, val_split="test").val) == 6
+    held_out = open_splits(tmp_path, val_split=None)
+    assert (len(held_out.train), len(held_out.val)) == (6, 2)
+    with pytest.raises(UserError, match=r"no split 'dev' in .*: found test, train, val"):
+        open_splits(tmp_path, val_split="dev")
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    fill(tmp_path, {"bus": 3, "train": 3})
+    assert open_splits(tmp_path).class_names == ("bus", "train")
+
+
+def test_one_folder_is_split_by_seed_in_each_class(tmp_path):
+    fill(tmp_path, {"a": 40, "b": 2, "c": 1, "d": 11})
+    splits = open_splits(tmp_path, val_fraction=0.25, seed=3)
+    assert np.bincount(splits.val.targets, minlength=4).tolist() == [10, 1, 0, 3]
+    assert np.bincount(splits.train.targets).tolist() == [30, 1, 1, 8]
+    assert inside(splits.train, tmp_path) | inside(splits.val, tmp_path) == inside(open_source(tmp_path), tmp_path)
+    assert not inside(splits.train, tmp_path) & inside(splits.val, tmp_path)
+    for part in ("train", "val"):
+        again = open_source(tmp_path, part, val_fraction=0.25, seed=3)
+        assert names(again) == names(getattr(splits, part))
+    assert names(open_splits(tmp_path, val_fraction=0.25, seed=4).val) != names(splits.val)
+    everything = open_splits(tmp_path, val_fraction=0.999)
+    assert np.bincount(everything.train.targets).tolist() == [1, 1, 1, 1]
+
+
+def test_the_split_does_not_depend_on_place_or_order_of_the_file_system(tmp_path, monkeypatch):
+    here = fill(tmp_path / "here", {"a": 20, "b": 20})
+    there = tmp_path / "there"
+    shutil.copytree(here, there)
+    first = inside(open_splits(here).val, here)
+    walk = os.walk
+
+    def shuffled(*args, **kwargs):
+        for where, folders, found in walk(*args, **kwargs):
+            random.shuffle(found)
+            folders.reverse()
+            yield where, folders, found
+
+    monkeypatch.setattr(os, "walk", shuffled)
+    assert inside(open_splits(there).val, there) == first
+    fill(there, {"a": 22})
+    assert len(inside(open_splits(there).val, there) & first) >= 3
+
+
+def test_junk_is_left_out_and_links_are_followed(tmp_path):
+    root = fill(tmp_path / "photos", {"cat": 2, "dog": 1, "__MACOSX/cat": 1, ".cache/x": 1, "cat/.thumbs": 1})
+    for junk in ("Thumbs.db", ".DS_Store", "cat/Thumbs.db", "cat/._0.png", "dog/desktop.ini", "notes.txt"):
+        (root / junk).write_bytes(b"x")
+    (root / "bird").symlink_to(fill(tmp_path / "elsewhere", {"x": 2}) / "x")
+    (root / "dog" / "round").symlink_to(root)
+    source = open_source(root)
+    assert inside(source, root) == {"cat/0.png", "cat/1.png", "dog/0.png", "bird/0.png", "bird/1.png"}
+    assert source.class_names == ("bird", "cat", "dog")
+
+
+def test_names_that_are_hard_to_write(tmp_path):
+    odd = ["Größe", "猫", "a b", "x²", "²"]
+    root = fill(tmp_path, dict.fromkeys(odd, 2))
+    raw = os.fsencode(root) + b"/x\xff"
+    os.mkdir(raw)
+    shutil.copy(root / "a b" / "0.png", os.fsdecode(raw + b"/0.PNG"))
+    source = open_source(root)
+    assert set(source.class_names) == {*odd, os.fsdecode(b"x\xff")}
+    assert all(source.load(i)[0].size == (6, 5) for i in range(len(source)))
+
+
+def test_folder_reads_pictures_as_images_does(tmp_path):
+    root = fill(tmp_path, {"a": 1, "b": 1})
+    Image.new("RGBA", (3, 4), (255, 0, 0, 0)).save(root / "a" / "0.png")
+    Image.fromarray(np.full((2, 2), 257 * 90, dtype=np.uint16)).save(root / "b" / "0.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("CMYK", (8, 2)).save(root / "b" / "turned.jpg", exif=exif)
+    source = open_source(root)
+    assert source.load(0)[0].getpixel((0, 0)) == (255, 255, 255)
+    assert source.load(1)[0].getpixel((0, 0)) == (90, 90, 90)
+    assert (source.load(2)[0].size, source.load(2)[0].mode) == ((2, 8), "RGB")
+    grey = open_source(root, img_mode="L")
+    assert [grey.load(i)[0].mode for i in range(3)] == ["L"] * 3
+    assert grey.load(1)[0].getpixel((0, 0)) == 90
+    with pytest.raises(UserError, match="expected img_mode RGB or L, got 'HSV'"):
+        open_source(root, img_mode="HSV")
+
+
+def test_undecodable_files_are_named_when_loaded(tmp_path, monkeypatch):
+    root = fill(tmp_path, {"good": 1, "broken": 0})
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
+    (root / "broken" / "cut.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    (root / "broken" / "empty.png").write_bytes(b"")
+    (root / "broken" / "text.png").write_text("no picture")
+    (root / "broken" / "gone.png").symlink_to(root / "nowhere.png")
+    Image.new("L", (200, 200)).save(root / "broken" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    source = open_source(root)
+    reasons = {
+        "cut": "truncated",
+        "empty": "not a picture",
+        "text": "not a picture",
+        "gone": "No such file",
+        "large": "bomb",
+    }
+    for i in range(len(source)):
+        stem = Path(source.name(i)).stem
+        if stem in reasons:
+            with pytest.raises(BadImage, match=reasons[stem]) as caught:
+                source.load(i)
+            assert caught.value.name == source.name(i)
+            assert "\n" not in str(caught.value)
+        else:
+            source.load(i)
+    with pytest.raises(IndexError):
+        source.load(len(source))
+
+
+def test_sources_survive_pickling_and_spawned_workers(tmp_path):
+    splits = open_splits(fill(tmp_path, {"a": 6, "b": 6}), val_fraction=0.5)
+    copy = pickle.loads(pickle.dumps(splits))
+    assert names(copy.val) == names(splits.val)
+    assert np.array_equal(np.asarray(copy.val.load(4)[0]), np.asarray(splits.val.load(4)[0]))
+    loader = torch.utils.data.DataLoader(
+        Loaded(splits.train), batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert [target for _, target in loader] == splits.train.targets.tolist()
+
+
+class Loaded(torch.utils.data.Dataset):
+    """Map-style view of a source, as a loader needs it."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        image, target = self.source.load(index)
+        return np.array(image), target
+
+
+def test_class_map_orders_renames_and_leaves_out(tmp_path):
+    root = fill(tmp_path / "photos", {"cat": 2, "dog": 3, "eel": 4})
+    (root / "classes.txt").write_text("dog\ncat\n")
+    for class_map in ("classes.txt", str(root / "classes.txt"), {"dog": 0, "cat": 1}):
+        source = open_source(root, class_map=class_map)
+        assert source.class_names == ("dog", "cat")
+        assert source.targets.tolist() == [1, 1, 0, 0, 0]
+    merged = open_source(root, class_map={"cat": 0, "dog": 0, "eel": 1})
+    assert (merged.class_names, merged.targets.tolist()) == (("cat", "eel"), [0] * 5 + [1] * 4)
+    digits = fill(tmp_path / "digits", {"0": 1, "1": 1})
+    assert open_source(digits, class_map={"1": 0, "0": 1}).targets.tolist() == [1, 0]
+    named = open_source(digits, class_map={"zero": 0, "one": 1})
+    assert (named.class_names, named.targets.tolist()) == (("zero", "one"), [0, 1])
+    for class_map, message in (
+        ({"ant": 0, "bee": 1}, r"no class of .*photos \(cat, dog, eel\) is in the class map \(ant, bee\)"),
+        ({"cat": 1, "dog": 3}, "class indices must be 0 to n-1 without gaps, got 1, 3"),
+        ("nowhere.txt", "cannot open .*nowhere.txt"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(root, class_map=class_map)
+
+
+def test_mistakes_with_folders_are_one_line_each(tmp_path):
+    flat = fill(tmp_path / "flat", {"": 3})
+    mixed = fill(tmp_path / "mixed", {"": 1, "a": 1, "b": 1})
+    flat_splits = fill(tmp_path / "flat_splits", {"train": 2, "val": 1})
+    flat_val = fill(tmp_path / "flat_val", {"train/a": 2, "train/b": 2, "val": 1})
+    one = fill(tmp_path / "one", {"a": 3})
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    hollow = fill(tmp_path / "hollow", {"a": 1, "b": 1, "c": 0, "d": 0})
+    differ = fill(tmp_path / "differ", {"train/a": 1, "train/b": 1, **{f"val/{c}": 1 for c in "adefghi"}})
+    single = fill(tmp_path / "single", {"a": 1, "b": 1})
+    (tmp_path / "file.zip").write_bytes(b"PK")
+    for root, message in (
+        (tmp_path / "nowhere", "no such folder: .*nowhere"),
+        (tmp_path / "file.zip", r"expected a folder or a \.tar, got .*file\.zip"),
+        (flat, "found 3 images directly in .*flat; put each class in a folder of its own"),
+        (mixed, "found 1 images directly in .*mixed; put each class"),
+        (flat_splits, "found 3 images directly in .*flat_splits/train, .*flat_splits/val; put each class"),
+        (flat_val, "found 1 images directly in .*flat_val/val; put each class"),
+        (one, "only one class in .*one: a; expected at least two"),
+        (empty, "no images in .*empty: expected a folder for each class, with .jpg .jpeg"),
+        (hollow, "class folders without images in .*hollow: c, d$"),
+        (differ, "have different classes; only in train: b; only in val: d, e, f, g, h and 1 more"),
+        (single, "every class of .*single has a single image"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            open_splits(root)
+        assert "\n" not in str(caught.value)
+    for fraction in (0, 1, -0.5, 1.5):
+        with pytest.raises(UserError, match="expected val_fraction between 0 and 1"):
+            open_splits(single, val_fraction=fraction)
+
+
+def test_unlabelled_test_folder_beside_train_is_passed_over(tmp_path):
+    root = fill(tmp_path, {"train/a": 10, "train/b": 10, "test": 5})
+    splits = open_splits(root)
+    assert (len(splits.train), len(splits.val)) == (18, 2)
+
+
+# Tars and what timm reads
+
+
+def pack(folder, tar, arcname="."):
+    with tarfile.open(tar, "w") as file:
+        file.add(folder, arcname)
+    return tar
+
+
+def test_tars_equal_the_folders_in_them(tmp_path):
+    root = fill(tmp_path / "photos", {"train/a": 4, "train/b": 3, "val/a": 1, "val/b": 2})
+    (root / "train" / "a" / "._0.png").write_bytes(b"x")
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for split in ("train", "val"):
+        pack(root / split, tars / f"{split}.tar")
+    want, got = open_splits(root), open_splits(tars)
+    assert got.class_names == ("a", "b")
+    for side in ("train", "val"):
+        folder, tar = getattr(want, side), pickle.loads(pickle.dumps(getattr(got, side)))
+        assert tar.targets.tolist() == folder.targets.tolist()
+        for i in range(len(folder)):
+            assert np.array_equal(np.asarray(tar.load(i)[0]), np.asarray(folder.load(i)[0]))
+    assert os.path.relpath(got.train.name(0), tars) == "train.tar/a/0.png"
+    assert len(open_source(tars / "train.tar")) == 7
+    by_class = tmp_path / "by_class"
+    by_class.mkdir()
+    for name in "ab":
+        pack(root / "train" / name, by_class / f"{name}.tar", "")
+    source = open_source(by_class)
+    assert inside(source, by_class) == {f"a.tar/{i}.png" for i in range(4)} | {f"b.tar/{i}.png" for i in range(3)}
+    assert source.targets.tolist() == [0] * 4 + [1] * 3
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*none\.tar"):
+        open_source(pack(tmp_path / "none", tmp_path / "none.tar"))
+
+
+def test_torchvision_sets(tmp_path):
+    write_idx(tmp_path / "FashionMNIST" / "raw")
+    splits = open_splits(f"torch/fashion_mnist@{tmp_path}")
+    assert (len(splits.train), len(splits.val)) == (30, 20)
+    assert splits.class_names == tuple(FashionMNIST.classes)
+    full = open_source(f"builtin:fashion-mnist@{tmp_path}")
+    assert np.array_equal(np.asarray(splits.val.load(3)[0]), np.asarray(full.load(3)[0]))
+    assert splits.val.name(3) == f"torch/fashion_mnist@{tmp_path} val[3]"
+    assert len(open_splits(f"torch/fashion_mnist@{tmp_path}", val_split=None).val) == 10
+    fill(tmp_path / "photos", {"train/a": 2, "train/b": 1})
+    assert open_source(f"torch/folder@{tmp_path / 'photos'}", "train").targets.tolist() == [0, 0, 1]
+    with pytest.raises(UserError, match=r"cannot open torch/cifar10@.*download=True"):
+        open_splits(f"torch/cifar10@{tmp_path}")
+    with pytest.raises(UserError, match="cannot open torch/cifar11: Unknown torchvision dataset cifar11"):
+        open_splits("torch/cifar11")
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Keeps what `datasets` writes inside the test's folder, and the hub out of reach."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_hfds_equals_the_folder(tmp_path, hub_cache):
+    root = fill(tmp_path / "photos", {"train/cat": 6, "train/dog": 4, "test/cat": 1, "test/dog": 2})
+    splits, folder = open_splits(f"hfds/{root}@{hub_cache}"), open_splits(root)
+    assert splits.class_names == ("cat", "dog")
+    for side in ("train", "val"):
+        ours, theirs = getattr(folder, side), pickle.loads(pickle.dumps(getattr(splits, side)))
+        assert sorted(ours.targets) == sorted(theirs.targets)
+        place = {ours.name(i): i for i in range(len(ours))}
+        for i in range(len(theirs)):
+            image, target = theirs.load(i)
+            twin = place[theirs.name(i)]
+            assert target == theirs.target(i) == ours.target(twin)
+            assert np.array_equal(np.asarray(image), np.asarray(ours.load(twin)[0]))
+    held_out = open_splits(f"hfds/{root}@{hub_cache}", val_split=None, val_fraction=0.3)
+    assert np.bincount(held_out.val.targets).tolist() == [2, 1]
+    assert len(open_source(f"hfds/{root}@{hub_cache}", "train[:50%]")) == 5
+
+
+def test_hfds_finds_columns_by_type_and_takes_text_for_classes(tmp_path, hub_cache):
+    import datasets
+
+    blob = io.BytesIO()
+    picture(3).save(blob, "PNG")
+    rows = {"img": [{"bytes": blob.getvalue(), "path": None}] * 4, "kind": [0, 1, 1, 0]}
+    types = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["no", "yes"])})
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    datasets.Dataset.from_dict(rows, features=types).to_parquet(str(folder / "train-0.parquet"))
+    types_yaml = (
+        "  - name: img\n    dtype: image\n  - name: kind\n    dtype:\n      class_label:\n        names:\n"
+        "          '0': 'no'\n          '1': 'yes'\n"
+    )
+    (folder / "README.md").write_text(f"---\ndataset_info:\n  features:\n{types_yaml}---\n")
+    source = open_source(f"hfds/{folder}@{hub_cache}", "train")
+    assert (source.class_names, source.targets.tolist()) == (("no", "yes"), [0, 1, 1, 0])
+    assert source.load(2)[0].getpixel((0, 0)) == (3, 0, 77)
+    assert source.name(2) == f"hfds/{folder}@{hub_cache} train[2]"
+
+    text = tmp_path / "text"
+    text.mkdir()
+    types = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": rows["img"], "label": ["b10", "b9", "a", "a"]}
+    datasets.Dataset.from_dict(rows, features=types).to_parquet(str(text / "train-0.parquet"))
+    source = open_source(f"hfds/{text}@{hub_cache}", "train")
+    assert (source.class_names, source.targets.tolist()) == (("a", "b9", "b10"), [2, 1, 0, 0])
+
+    for kind, label in (("int64", [0, None, 1, 1]), ("int64", [0, -1, 1, 1]), ("string", ["a", None, "b", "b"])):
+        types = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+        wrong = tmp_path / f"wrong_{kind}_{label[1]}"
+        wrong.mkdir()
+        columns = {"image": rows["image"], "label": label}
+        datasets.Dataset.from_dict(columns, features=types).to_parquet(str(wrong / "train-0.parquet"))
+        with pytest.raises(UserError, match=r"expected one class for each image in .* train, column label"):
+            open_source(f"hfds/{wrong}@{hub_cache}", "train")
+
+
+def test_hfids_streams_the_same_images(tmp_path, hub_cache):
+    photos = fill(tmp_path / "photos", {"train/cat": 6, "train/dog": 4})
+    folder = open_source(photos / "train")
+    want = sorted((np.asarray(image).tobytes(), target) for image, target in map(folder.load, range(len(folder))))
+    root = f"hfids/{photos}@{hub_cache}"
+    remote = open_source(root, "train|10", class_map={"cat": 0, "dog": 1})
+    prepared = open_source(root, "train", download=True)
+    for stream in (remote, prepared):
+        assert (stream.num_samples, stream.class_names) == (10, ("cat", "dog"))
+        assert sorted((np.asarray(image).tobytes(), target) for image, target in stream) == want
+    with pytest.raises(UserError, match="nothing can be held out of a stream"):
+        open_splits(root, download=True)
+    with pytest.raises(UserError, match="Dataset length is unknown"):
+        open_source(f"hfids/{photos}@{tmp_path / 'another'}", "train")
+
+
+def test_hub_that_cannot_be_reached_is_one_line(hub_cache):
+    with pytest.raises(UserError, match="cannot open hfds/nobody/nothing: ") as caught:
+        open_splits("hfds/nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def shards(folder, info=True):
+    """Two training shards of four images and one of validation, in webdataset's layout."""
+    folder.mkdir()
+    number, splits = 0, {}
+    for split, count in (("train", 2), ("validation", 1)):
+        files_of_split = [f"{split}-{i}.tar" for i in range(count)]
+        for name in files_of_split:
+            with tarfile.open(folder / name, "w") as tar:
+                for _ in range(4):
+                    blob = io.BytesIO()
+                    picture(number).save(blob, "PNG")
+                    for suffix, content in (("png", blob.getvalue()), ("cls", str(number % 2).encode())):
+                        member = tarfile.TarInfo(f"{number:04}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+                    number += 1
+        splits[split] = {
+            "name": split,
+            "num_samples": 4 * count,
+            "filenames": files_of_split,
+            "shard_lengths": [4] * count,
+        }
+    if info:
+        (folder / "_info.json").write_text(json.dumps({"class_names": ["even", "odd"], "splits": splits}))
+    return folder
+
+
+def colours(stream):
+    return [(image.getpixel((0, 0))[0], target) for image, target in stream]
+
+
+def test_wds_streams_shards(tmp_path):
+    root = shards(tmp_path / "shards")
+    splits = open_splits(f"wds/{root}")
+    assert (splits.train.num_samples, splits.val.num_samples, splits.class_names) == (8, 4, ("even", "odd"))
+    assert colours(splits.val) == [(n, n % 2) for n in range(8, 12)]
+    splits.train.set_epoch(1)
+    assert sorted(colours(splits.train)) == [(n, n % 2) for n in range(8)]
+    swapped = open_source(f"wds/{root}", class_map={"odd": 0, "even": 1})
+    assert colours(swapped) == [(n, 1 - n % 2) for n in range(8, 12)]
+    only_odd = open_source(f"wds/{root}", class_map={"odd": 0, "other": 1})
+    assert colours(only_odd) == [(9, 0), (11, 0)]
+
+
+def test_wds_shares_shards_over_workers_and_fills_batches(tmp_path):
+    splits = open_splits(f"wds/{shards(tmp_path / 'shards')}")
+    assert splits.train.samples_per_process(num_workers=2, batch_size=3) == 12  # 4 a worker, filled up to 6
+    loader = torch.utils.data.DataLoader(splits.val, batch_size=None, num_workers=1, collate_fn=lambda sample: sample)
+    assert sorted(target for _, target in loader) == [0, 0, 1, 1]
+
+
+def test_wds_without_info_needs_shards_and_class_names(tmp_path):
+    root = shards(tmp_path / "shards", info=False)
+    with pytest.raises(UserError, match="does not name its classes: give a class_map"):
+        open_source(f"wds/{root}", "validation-0.tar")
+    names_given = {"class_map": {"even": 0, "odd": 1}}
+    splits = open_splits(f"wds/{root}", train_split="train-{0..1}.tar|8", val_split="validation-0.tar", **names_given)
+    assert splits.class_names == ("even", "odd")
+    assert len(colours(splits.train)) == 8
+    with pytest.raises(UserError, match="name a split of wds/"):
+        open_source(f"wds/{root}", **names_given)
+    with pytest.raises(UserError, match="split train not found in info"):
+        open_splits(f"wds/{root}", **names_given)
+    with pytest.raises(UserError, match=f"no such folder: {root}/deeper"):
+        open_splits(f"wds/{root}/deeper", **names_given)
+
+
+@pytest.mark.parametrize(
+    ("root", "module", "package"),
+    [
+        ("hfds/x", "datasets", "datasets"),
+        ("HFIDS/x", "datasets", "datasets"),
+        ("wds/x", "webdataset", "webdataset"),
+        ("tfds/x", "tensorflow", "tensorflow tensorflow-datasets"),
+    ],
+)
+def test_missing_package_names_the_pip_install(monkeypatch, root, module, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    with pytest.raises(UserError, match=f"{root} needs another package: pip install {package}$"):
+        open_splits(root)
+
+
+def test_tfds_goes_through_timms_reader(monkeypatch):
+    """tensorflow is too large for this: a stand-in for the builder and for timm's reader, which yields arrays."""
+
+    class Info:
+        splits = ("train", "test")
+
+    class Builder:
+        info = Info()
+
+    class Tfds:
+        __spec__ = None
+
+        @staticmethod
+        def builder(name, data_dir):
+            assert (name, data_dir) == ("toy", "/data")
+            return Builder()
+
+    class Reader:
+        num_samples, class_to_idx = 2, {"no": 0, "yes": 1}
+
+    class Stream:
+        reader = Reader()
+
+        def __iter__(self):
+            yield np.full((4, 4, 3), 9, dtype=np.uint8), np.int64(1)
+            yield np.zeros((4, 4, 7), dtype=np.uint8), np.int64(0)
+
+    def create_dataset(name, **options):
+        assert (name, options["root"], options["input_img_mode"]) == ("tfds/toy", "/data", "")
+        return Stream()
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", Tfds)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(data, "create_dataset", create_dataset)
+    splits = open_splits("tfds/toy@/data")
+    assert splits.val.title == "tfds/toy@/data test"
+    (image, target), (bad, bad_target) = splits.train
+    assert (image.getpixel((0, 0)), target) == ((9, 9, 9), 1)
+    assert (type(bad), bad.name, bad_target) == (BadImage, "tfds/toy@/data train[1]", 0)

@@ -1,0 +1,338 @@
+"""Model folders: what is saved is what timm loads, a cut save leaves a whole folder, and each failure is one line."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from effvit_zoo import hub
+from effvit_zoo.errors import UserError
+
+NAME = "test_vit"  # timm's own test model: 0.37 M parameters, fixed input size
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with every parameter drawn anew, so that none is at a value that initialisation would give too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a model of three classes."""
+    return hub.save(randomised(timm.create_model(NAME, num_classes=3)), tmp_path / "model", label_names=("a", "b", "c"))
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        (NAME, {"num_classes": 3, "in_chans": 1, "img_size": 96}),
+        ("test_convnext", {"num_classes": 7}),
+        ("effzoo_swiftformer_xs", {"num_classes": 2}),
+        ("effzoo_hydra_vit_pico", {"num_classes": 4, "img_size": 28, "in_chans": 1}),
+    ],
+)
+def test_timm_loads_what_save_writes_bit_for_bit(tmp_path, name, kwargs, memory_format):
+    model = randomised(timm.create_model(name, **kwargs)).to(memory_format=memory_format)
+    labels = [f"class {index}" for index in range(kwargs["num_classes"])]
+    size = (kwargs.get("in_chans", 3), *(2 * [kwargs.get("img_size", 64)]))
+    written = hub.save(
+        model,
+        tmp_path / "m",
+        label_names=labels,
+        data_config={"input_size": size, "crop_pct": 0.77},
+        extra={"top1": 12.5},
+    )
+    assert sorted(path.name for path in written.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = timm.create_model(f"local-dir:{written}", pretrained=True).eval()
+    image = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(loaded(image), model.to(memory_format=torch.contiguous_format)(image))
+    assert loaded.num_classes == kwargs["num_classes"]
+    assert loaded.in_chans == size[0]
+    assert tuple(loaded.pretrained_cfg["input_size"]) == size
+    assert loaded.pretrained_cfg["crop_pct"] == 0.77
+    assert hub.label_names(loaded) == tuple(labels)
+    assert hub.read_config(written)["effvit_zoo"] == {"top1": 12.5}
+
+
+def test_labels_and_preprocessing_survive_a_second_save(folder, tmp_path):
+    edit_config(folder, label_descriptions={"a": "ape"})
+    again = hub.save(hub.load(folder), tmp_path / "again")
+    assert hub.label_names(hub.load(again)) == ("a", "b", "c")
+    assert hub.load(again).pretrained_cfg["label_descriptions"] == {"a": "ape"}
+    renamed = hub.save(hub.load(folder), tmp_path / "renamed", label_names=("x", "y", "z"))
+    assert hub.label_names(hub.load(renamed)) == ("x", "y", "z")
+    assert "label_descriptions" not in hub.load(renamed).pretrained_cfg
+
+
+def test_labels_of_another_head_are_not_the_models(folder):
+    assert hub.label_names(hub.load(folder, num_classes=5)) is None
+    assert hub.label_names({"label_names": {"1": "b", "0": "a"}, "num_classes": 2}) == ("a", "b")
+    assert hub.label_names(timm.create_model(NAME)) is None
+
+
+def test_load_adapts_head_and_channels_and_keeps_the_rest(folder):
+    source, adapted = hub.load(folder), hub.load(folder, num_classes=5, in_chans=1)
+    assert torch.equal(source.blocks[0].attn.qkv.weight, adapted.blocks[0].attn.qkv.weight)
+    assert adapted.head.out_features == 5
+    assert torch.allclose(adapted.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(1, keepdim=True))
+
+
+def test_names_folders_and_runs_resolve(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "run" / "best")
+    best = f"local-dir:{tmp_path / 'run' / 'best'}"
+    assert hub.resolve_name(tmp_path / "run") == hub.resolve_name(f"local-dir:{tmp_path}/run") == best
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve_name("run/best") == hub.resolve_name("./run") == best
+    assert hub.resolve_name(f"{NAME}.r160_in1k") == f"{NAME}.r160_in1k"
+    assert not hub.brings_weights(NAME)
+    assert hub.brings_weights("run")
+    assert hub.brings_weights("hf-hub:someone/something")
+
+
+def test_plain_names_have_random_weights_unless_asked_for():
+    torch.manual_seed(0)
+    first = hub.load(NAME)
+    torch.manual_seed(0)
+    assert torch.equal(first.head.weight, hub.load(NAME, pretrained=False).head.weight)
+
+
+def test_fused_model_is_refused_and_the_previous_folder_stays(tmp_path):
+    model = randomised(timm.create_model("effzoo_swiftformer_xs", num_classes=2))
+    folder = hub.save(model, tmp_path / "m")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="not in its training form"):
+        hub.save(timm.models.reparameterize_model(model), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"label_names": ["a", "b"]}, "got 2 label_names for a model of 3 classes"),
+        ({"label_names": "abc"}, "sequence of names"),
+        ({"extra": {"top1": torch.ones(1)}}, "JSON"),
+        ({"extra": {"loss": float("nan")}}, "JSON"),
+        ({"data_config": {"input_size": (3, 64, 64)}}, "64"),  # the model takes 160 pixels only
+    ],
+)
+def test_save_refuses_what_could_not_be_loaded_again(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        hub.save(timm.create_model(NAME, num_classes=3, dynamic_img_size=False), tmp_path / "m", **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_does_not_overwrite_other_peoples_folders(tmp_path):
+    (tmp_path / "thesis.tex").write_text("words")
+    with pytest.raises(ValueError, match="not a model folder"):
+        hub.save(timm.create_model(NAME), tmp_path)
+    with pytest.raises(ValueError, match=r"timm\.create_model"):
+        hub.save(nn.Linear(1, 1), tmp_path / "m")
+    assert (tmp_path / "thesis.tex").read_text() == "words"
+
+
+def test_save_keeps_what_lies_beside_the_weights_and_clears_a_cut_save(folder):
+    (folder / "README.md").write_text("card")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_text("graph")
+    cut = folder.with_name(f".{folder.name}.writing")
+    cut.mkdir()
+    (cut / "model.safetensors").write_text("half")
+    hub.save(hub.load(folder), folder)
+    assert (folder / "README.md").read_text() == "card"
+    assert (folder / "onnx" / "model.onnx").read_text() == "graph"
+    assert not cut.exists()
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_a_full_disk_leaves_the_previous_folder(folder, monkeypatch, exchange):
+    resource = pytest.importorskip("resource")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if not exchange:
+        monkeypatch.setattr(hub, "_exchange", lambda *_: False)
+    model = randomised(hub.load(folder), seed=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            hub.save(model, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    hub.save(model, folder)
+    assert torch.equal(hub.load(folder).head.weight, model.head.weight)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a moment between two renames")
+def test_a_reader_and_a_kill_find_a_whole_folder_at_any_moment(folder):
+    """A process saves without pause while this one reads, and is killed without warning."""
+    script = (
+        "import sys; from effvit_zoo import hub; model = hub.load(sys.argv[1]); print('saving', flush=True)\n"
+        "while True: hub.save(model, sys.argv[1])"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout.readline() == "saving\n"
+        end, reads = time.monotonic() + 1.5, 0
+        while time.monotonic() < end:
+            json.loads((folder / "config.json").read_text())
+            load_file(folder / "model.safetensors")
+            reads += 1
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    assert reads > 20
+    assert hub.label_names(hub.load(folder)) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test_vitt", "unknown model 'test_vitt': did you mean 'test_vit"),
+        ("effzoo_swiftformer_xxs", "did you mean 'effzoo_swiftformer_"),
+        ("test_vit.r160", "unknown weights tag of test_vit 'r160': did you mean 'r160_in1k'?"),
+        ("./nowhere", "model folder nowhere is not there"),
+        ("local-dir:nowhere", "model folder nowhere is not there"),
+        ("someone/model", "write hf-hub:someone/model"),
+        ("hfhub:someone/model", "did you mean 'hf-hub:'?"),
+        ("hf-hub:not a name", "expected hf-hub:USER/NAME"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(UserError) as raised:
+        hub.load(name)
+    assert message in str(raised.value)
+
+
+def test_unreachable_hub_fails_fast_and_in_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody answers
+    start = time.monotonic()
+    for name in ("hf-hub:someone/no-such-model", NAME):
+        with pytest.raises(UserError, match=r"cannot reach http://127\.0\.0\.1:9 for (someone|timm)/"):
+            hub.load(name, pretrained=True)
+    assert time.monotonic() - start < 5
+    assert not capfd.readouterr().err
+
+
+def weights_without_head(tensors):
+    del tensors["head.weight"], tensors["head.bias"]
+
+
+def weights_of_another_width(tensors):
+    tensors["norm.weight"] = torch.ones(7)
+
+
+def extra_weights(tensors):
+    tensors["gate"] = torch.ones(1)
+
+
+@pytest.mark.parametrize("num_classes", [None, 3, 5])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (weights_without_head, "don't fit the model: missing head.weight and 1 more"),
+        (weights_of_another_width, "of another shape norm.weight (is [7], expected [64])"),
+        (extra_weights, "unexpected gate"),
+        (lambda tensors: tensors.clear(), "missing "),
+    ],
+)
+def test_weights_that_do_not_fit(folder, change, message, num_classes):
+    """Whatever head is asked for: with another one timm itself would load the rest and say nothing."""
+    edit_weights(folder, change)
+    with pytest.raises(UserError) as raised:
+        hub.load(folder, num_classes=num_classes)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, 500_000])
+def test_truncated_weights(folder, size):
+    os.truncate(folder / "model.safetensors", size)
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        hub.load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_missing_and_unsafe_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="No suitable checkpoints"):
+        hub.load(folder)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(time.sleep))
+    with pytest.raises(UserError, match="weights_only"):
+        hub.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a mapping, got list"),
+        ("{}", "names no architecture"),
+        ('{"architecture": 5}', "architecture is 5, expected a name"),
+        ('{"architecture": "test_vitt"}', "unknown architecture 'test_vitt': did you mean 'test_vit"),
+        ('{"architecture": "test_vit", "num_classes": "ten"}', "num_classes is 'ten', expected a whole number"),
+        ('{"architecture": "test_vit", "num_classes": true}', "num_classes is True, expected a whole number"),
+        ('{"architecture": "test_vit", "pretrained_cfg": []}', "pretrained_cfg is [], expected a mapping"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"meen": [0, 0, 0]}}', "did you mean 'mean'?"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 8]}}', "input_size is [3, 8], expected 3"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": "grey"}}', "mean is 'grey', expected positive"),
+        (
+            '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"deepness": 3}}',
+            "takes no argument 'deepness'",
+        ),
+        ('{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"embed_dim": 63}}', "cannot load"),
+    ],
+)
+def test_malformed_configs(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        hub.load(folder)
+    assert message in str(raised.value)
+    assert str(folder) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_folders_that_are_none(tmp_path, folder):
+    with pytest.raises(UserError, match=r"not a model folder: it has no config\.json"):
+        hub.load(tmp_path)
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        hub.load(folder / "config.json")
+    with pytest.raises(UserError, match="takes no argument 'depht'"):
+        hub.load(folder, depht=2)
+    with pytest.raises(UserError, match="expected a model folder"):
+        hub.read_config(NAME)

@@ -1,0 +1,113 @@
+"""Batch plans: every image once per epoch, and the same steps however many processes and micro-batches share them."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from effvit_zoo.errors import UserError
+from effvit_zoo.images import BadImage
+from effvit_zoo.training.loader import BatchPlan, KeyedImages, collate, make_loader, mix_seed
+
+
+def steps(plan, start=0, stop=None):
+    """Per optimizer step, the keys of all processes and micro-batches, as a list of sets."""
+    stop = plan.steps_per_epoch if stop is None else stop
+    shares = [list(plan.batches(process, start, stop)) for process in range(plan.num_processes)]
+    per_step = [
+        [
+            key
+            for share in shares
+            for batch in share[step * plan.grad_accum : (step + 1) * plan.grad_accum]
+            for key in batch
+        ]
+        for step in range(stop - start)
+    ]
+    assert all(len(set(keys)) == len(keys) for keys in per_step)
+    return [set(keys) for keys in per_step]
+
+
+@pytest.mark.parametrize("num_images", [7, 64, 101])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (3, 2, 1), (2, 1, 3), (1, 3, 2)])
+def test_each_image_once_per_epoch(num_images, shape):
+    plan = BatchPlan(num_images, *shape, seed=1)
+    epoch = steps(plan)
+    assert sorted(index for keys in epoch for _, index in keys) == list(range(num_images))
+    assert [len(keys) for keys in epoch] == [plan.step_size(step) for step in range(plan.steps_per_epoch)]
+    sizes = [len(batch) for process in range(shape[1]) for batch in plan.batches(process, 0, plan.steps_per_epoch)]
+    assert max(sizes) <= max(shape[0], 2)
+    assert min(sizes) >= 1
+
+
+def test_a_step_does_not_depend_on_who_shares_it():
+    one = BatchPlan(101, 12, seed=3)
+    assert steps(one, stop=20) == steps(BatchPlan(101, 3, num_processes=2, grad_accum=2, seed=3), stop=20)
+
+
+def test_a_cut_plan_goes_on_where_it_was():
+    plan = BatchPlan(50, 8, seed=5)
+    whole = list(plan.batches(0, 0, 3 * plan.steps_per_epoch))
+    assert list(plan.batches(0, 11, 3 * plan.steps_per_epoch)) == whole[11:]
+
+
+def test_epochs_and_seeds_differ_in_order():
+    plan = BatchPlan(50, 50, seed=5)
+    first, second = list(plan.batches(0, 0, 2))
+    assert [index for _, index in first] != [index for _, index in second]
+    assert first != next(BatchPlan(50, 50, seed=6).batches(0, 0, 1))
+    assert [index for _, index in next(BatchPlan(50, 50).batches(0, 0, 1))] == list(range(50))
+
+
+def test_too_few_images_to_share():
+    with pytest.raises(UserError, match="3 images can't be shared by 2 processes x 2 accumulation steps: at least 4"):
+        BatchPlan(3, 8, num_processes=2, grad_accum=2)
+
+
+def test_mixed_seeds_are_distinct():
+    seeds = {mix_seed(a, b, c) for a in range(10) for b in range(10) for c in range(100)}
+    assert len(seeds) == 10_000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Grey:
+    """Twelve flat images; every fourth can't be read."""
+
+    class_names = ("a", "b")
+
+    def __len__(self):
+        return 12
+
+    def load(self, index):
+        if index % 4 == 3:
+            raise BadImage(f"{index}.png", "broken")
+        return Image.new("RGB", (4, 4), (index, 0, 0)), index % 2
+
+    def name(self, index):
+        return f"{index}.png"
+
+
+def noisy(image):
+    return (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1).float() + random.random() + np.random.rand() + torch.rand(())
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_does_not_depend_on_workers_or_order(num_workers):
+    dataset = KeyedImages(Grey(), noisy, seed=7, replace_bad=True)
+    keys = [[(2, index)] for index in (5, 0, 9, 4)]
+    got = {int(batch["index"]): batch["image"] for batch in make_loader(dataset, keys, num_workers)}
+    for index in (0, 4, 5, 9):
+        torch.testing.assert_close(got[index], dataset[2, index]["image"][None], rtol=0, atol=0)
+    assert not torch.equal(dataset[2, 0]["image"], dataset[3, 0]["image"])
+
+
+def test_unreadable_images_are_replaced_or_left_out():
+    replaced = collate([KeyedImages(Grey(), noisy, seed=1, replace_bad=True)[0, index] for index in range(12)])
+    assert replaced["target"].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    left_out = collate([KeyedImages(Grey(), noisy, seed=None, replace_bad=False)[0, index] for index in range(12)])
+    assert len(left_out["target"]) == 9
+    assert replaced["bad"] == left_out["bad"] == [(f"{index}.png", "broken") for index in (3, 7, 11)]
+    assert collate([KeyedImages(Grey(), noisy, seed=None, replace_bad=False)[0, 3]])["image"] is None

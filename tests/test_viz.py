@@ -1,0 +1,140 @@
+"""Figures say what they are given, in any amount, and leave nothing behind but one file."""
+
+import csv
+import io
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from effvit_zoo.viz import style
+from effvit_zoo.viz.predictions import MAX_SIDE, MIN_WIDTH, annotate
+from effvit_zoo.viz.training import confusion_matrix, curves
+
+
+def epoch_rows(count):
+    return [
+        {
+            "epoch": epoch,
+            "lr": 1e-3 / epoch,
+            "train_loss": 2 / epoch,
+            "val_loss": 2.2 / epoch,
+            "train_top1": 60.0 + epoch,
+            "top1": 70 - (epoch - 3) ** 2,
+            "top5": 95.0,
+            "images_per_second": 100.0 * epoch,
+        }
+        for epoch in range(1, count + 1)
+    ]
+
+
+def texts(draw, tmp_path):
+    """The texts of a figure, read from its SVG form."""
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw(tmp_path / "figure.svg")
+    return re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "figure.svg").read_text())
+
+
+def test_curves_name_the_lines_and_the_best_epoch(tmp_path):
+    found = texts(lambda path: curves(epoch_rows(5), path), tmp_path)
+    assert found.count("training") == found.count("validation") == 2
+    assert "best 70.00 at epoch 3" in found
+    assert "300 training images per second" in found
+
+
+@pytest.mark.parametrize("count", [1, 2, 300])
+def test_curves_of_any_length(tmp_path, count):
+    curves(epoch_rows(count), tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (1800, 585)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_curves_from_csv_with_gaps(tmp_path):
+    rows = [{**row, "train_top1": "", "val_loss": None} for row in epoch_rows(4)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    text.seek(0)
+    found = texts(lambda path: curves(list(csv.DictReader(text)), path), tmp_path)
+    assert (found.count("training"), found.count("validation")) == (1, 1)
+    assert "best 70.00 at epoch 3" in found
+
+
+def test_curves_of_a_run_that_diverged(tmp_path):
+    rows = [{**row, "train_loss": float("nan"), "top1": float("nan")} for row in epoch_rows(3)]
+    assert not any(text.startswith("best") for text in texts(lambda path: curves(rows, path), tmp_path))
+    with pytest.raises(ValueError, match="at least one row"):
+        curves([], tmp_path / "none.png")
+
+
+def test_confusion_matrix_says_percentages_counts_and_names(tmp_path):
+    counts = np.array([[90, 10, 0], [4, 996, 0], [0, 0, 0]])
+    found = texts(lambda path: confusion_matrix(counts, ["cat", "$5 & $6", "unseen"], path), tmp_path)
+    assert "1,100 images: 98.73 % right" in found
+    for text in ("90", "10", "0.4", "996", "cat", "unseen", "$5 &amp; $6"):
+        assert text in found
+    assert found.count("4") == 1  # as a count; 0.4 is its percentage
+
+
+@pytest.mark.parametrize("classes", [1, 12, 20, 21, 300])
+def test_confusion_matrix_of_any_size(tmp_path, classes):
+    names = [f"name {index}" for index in range(classes)]
+    found = texts(lambda path: confusion_matrix(7 * np.eye(classes, dtype=int), names, path), tmp_path)
+    assert found.count("100") == (classes if classes <= 20 else 0)
+    assert found.count("7") == (classes if classes <= 12 else 0)
+    assert found.count("name 0") == 2
+    assert sum(text.startswith("name") for text in found) <= 2 * 24
+
+
+def test_confusion_matrix_refuses_other_shapes(tmp_path):
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) for 2 names, got \(3, 3\)"):
+        confusion_matrix(np.eye(3), ["a", "b"], tmp_path / "m.png")
+
+
+def test_drawing_changes_no_settings_and_replaces_files_whole(tmp_path, monkeypatch):
+    before = dict(matplotlib.rcParams)
+    curves(epoch_rows(2), tmp_path / "curves.png")
+    assert dict(matplotlib.rcParams) == before
+    content = (tmp_path / "curves.png").read_bytes()
+
+    def full_disk(self, target, **_):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        curves(epoch_rows(3), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_names_at_line_ends_do_not_touch():
+    ax = Figure().subplots()
+    ax.plot([0, 1], [0, 1])
+    style.label_ends(ax, [(1, 0.98, "a", "k"), (1, 0.99, "b", "k"), (1, 1.0, "c", "k")], gap=0.1)
+    heights = sorted(text.xy[1] for text in ax.texts)
+    assert np.all(np.diff(heights) > 0.0999)
+    assert heights[-1] <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (320, 200), (5, 900), (900, 5), (4000, 900), (900, 4000)])
+def test_annotated_pictures_are_of_readable_size(size):
+    picture = Image.new("RGB", size, (10, 120, 10))
+    result = annotate(picture, ["cat", "dog", "a very long name " * 20], [0.9, 0.09, 0.0001])
+    assert MIN_WIDTH <= result.width <= MAX_SIDE
+    assert result.height < MAX_SIDE + 300
+    middle = result.getpixel((result.width // 2, 0))
+    assert middle == (10, 120, 10)
+
+
+def test_bars_are_as_long_as_their_probabilities():
+    def blue(probability):
+        pixels = np.asarray(annotate(Image.new("RGB", (400, 10)), [""], [probability]))
+        return (pixels == np.array([0x2F, 0x6D, 0xB0])).all(-1).sum(1).max()
+
+    assert blue(0.0) == 0
+    assert blue(0.8) == pytest.approx(2 * blue(0.4), abs=2)
