@@ -42,8 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    from effvit_zoo.training.launch import start_missing_processes
     from effvit_zoo.training.run import train
 
+    start_missing_processes()
     config = args.config or (None if args.resume not in (None, "auto") else QUICKSTART)
     train(config, args.set, args.output, args.resume, args.allow_change)
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .errors import UserError, run_command, unknown_choice
+from .errors import OneLineParser, UserError, run_command, unknown_choice
 from .version import __version__
 
 MODEL_HELP = "effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
@@ -36,13 +36,6 @@ class Command:
     """Raises `UserError` for what the user can mend."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose usage errors are `UserError`s: argparse would print the usage too and exit by itself."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help shows what is possible)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, or 2 after one line on stderr for what the user can mend."""
     try:
@@ -52,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> None:
-    parser = Parser(
+    parser = OneLineParser(
         prog="effzoo",
         description="Efficient vision transformers: list, inspect, run and measure them.",
         epilog="commands:\n" + "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items()),
@@ -68,16 +61,13 @@ def _dispatch(argv: list[str]) -> None:
     if chosen.command not in COMMANDS:
         raise unknown_choice("command", chosen.command, list(COMMANDS))
     command = COMMANDS[chosen.command]
-    arguments = Parser(prog=f"effzoo {chosen.command}", description=_sentence(command.help))
+    arguments = OneLineParser(prog=f"effzoo {chosen.command}", description=_sentence(command.help))
     command.add_arguments(arguments)
     try:
         command.run(arguments.parse_args(chosen.arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # `effzoo list | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# --- list ---------------------------------------------------------------------------------------------------------------
 
 
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,12 +121,11 @@ def _list(args: argparse.Namespace) -> None:
 
 def _cost_row(name: str, args: argparse.Namespace) -> dict[str, Any] | None:
     """A model's row, or None where it is over the limits. MACs are counted only where the parameters are within theirs."""
-    import timm
     from timm.models import get_model_input_config
 
     from . import cost
 
-    model = timm.create_model(name, device="meta")
+    model = cost.skeleton(name)
     params = cost.count_params(model)
     if args.max_params is not None and params > args.max_params * 1e6:
         return None
@@ -165,9 +154,6 @@ def _weights(name: str) -> list[str]:
     from timm.models import get_arch_pretrained_cfgs
 
     return [cfg.tag or "default" for cfg in get_arch_pretrained_cfgs(name).values() if cfg.has_weights]
-
-
-# --- info ---------------------------------------------------------------------------------------------------------------
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -259,9 +245,6 @@ def _as_text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-# --- predict ------------------------------------------------------------------------------------------------------------
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -367,9 +350,6 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
     return name
-
-
-# --- shared -------------------------------------------------------------------------------------------------------------
 
 
 def _add_format_arguments(parser: argparse.ArgumentParser) -> None:

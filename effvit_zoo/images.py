@@ -8,6 +8,7 @@ rather than clipped, CMYK and palettes converted. Of an animation the first fram
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,7 @@ _DECODE_ERRORS = (
     OverflowError,
     MemoryError,
     struct.error,
+    zlib.error,
     Image.DecompressionBombError,
 )
 
@@ -62,7 +64,7 @@ def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.
     try:
         with Image.open(source) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            return to_rgb(image)
     except Image.UnidentifiedImageError:
         raise BadImage(name, "not a picture in a known format") from None
     except _DECODE_ERRORS as error:
@@ -100,7 +102,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as an upright 8-bit RGB image."""
+    image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()  # detached from the file, which closes on return
     if image.mode.startswith(("I", "F")):

@@ -56,7 +56,7 @@ def edit_weights(folder, change):
         (NAME, {"num_classes": 3, "in_chans": 1, "img_size": 96}),
         ("test_convnext", {"num_classes": 7}),
         ("effzoo_swiftformer_xs", {"num_classes": 2}),
-        ("effzoo_hydra_vit_pico", {"num_classes": 4, "img_size": 28, "in_chans": 1}),
+        ("effzoo_vit_pico", {"num_classes": 4, "img_size": 28, "in_chans": 1}),
     ],
 )
 def test_timm_loads_what_save_writes_bit_for_bit(tmp_path, name, kwargs, memory_format):

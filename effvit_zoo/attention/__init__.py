@@ -3,8 +3,35 @@
 from typing import Dict, Type
 
 from ._mixer import TokenMixer
-from .softmax import SoftmaxAttention
+from .cosformer import Cosformer2dAttention, CosformerAttention, cosformer_attention, cosformer_attention_2d
+from .elu_linear import EluLinearAttention, elu_linear_attention
+from .hydra import HydraAttention, hydra_attention
+from .sima import SimaAttention, SimaClassAttention, sima_attention, sima_class_attention
+from .softmax import SoftmaxAttention, softmax_attention
+
+__all__ = [
+    "TOKEN_MIXERS",
+    "Cosformer2dAttention",
+    "CosformerAttention",
+    "EluLinearAttention",
+    "HydraAttention",
+    "SimaAttention",
+    "SimaClassAttention",
+    "SoftmaxAttention",
+    "TokenMixer",
+    "cosformer_attention",
+    "cosformer_attention_2d",
+    "elu_linear_attention",
+    "hydra_attention",
+    "sima_attention",
+    "sima_class_attention",
+    "softmax_attention",
+]
 
 TOKEN_MIXERS: Dict[str, Type[TokenMixer]] = {
     "softmax": SoftmaxAttention,
+    "elu": EluLinearAttention,
+    "cosformer": CosformerAttention,
+    "hydra": HydraAttention,
+    "sima": SimaAttention,
 }

@@ -37,12 +37,12 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 
 def quadratic_is_cheaper(q: torch.Tensor, k: torch.Tensor, rank: int = 1) -> bool:
-    """Whether (q k^T) v takes fewer multiplications than q (k^T v) when features are `rank` times as wide as the heads.
+    """Whether (q k^T) v takes no more multiplications than q (k^T v) when features are `rank` times as wide as the heads.
 
-    Nq Nk (D + Dv) against rank D Dv (Nq + Nk), for Dv = D; for Nq = Nk = N that is N < rank D. Reads no batch size.
+    Nq Nk (D + Dv) against rank D Dv (Nq + Nk), for Dv = D; for Nq = Nk = N that is N <= rank D. Reads no batch size.
     """
     Nq, Nk, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    return 2 * Nq * Nk < rank * D * (Nq + Nk)
+    return 2 * Nq * Nk <= rank * D * (Nq + Nk)
 
 
 def row_dot(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

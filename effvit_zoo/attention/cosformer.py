@@ -1,6 +1,6 @@
 """cosFormer: relu features re-weighted by the cosine of the distance between tokens, linear in the number of tokens.
 
-"cosFormer: Rethinking Softmax in Attention", arXiv:2202.08791, eq. 9-12. Official code: OpenNLPLab/cosFormer@8e12da11 (Apache-2.0).
+"cosFormer: Rethinking Softmax in Attention", arXiv:2202.08791. Official code: OpenNLPLab/cosFormer@8e12da11 (Apache-2.0).
 The form for images is its authors' own sequel, "Vicinity Vision Transformer", arXiv:2206.10552; official code:
 OpenNLPLab/Vicinity-Vision-Transformer@2c49e0ff (Apache-2.0). Own code.
 
@@ -17,15 +17,15 @@ positions into 398 angles, and 1 / 1e-6 has no float16 value); indices from 0, w
 block only the attention: no clipping of intermediate results, no gate on the output, no feature reduction.
 
 Prefix tokens (class, registers) have no place on the line or the grid, and neither paper has any. Taking the class token as index 0 would
-favour the top left corner. Here every pair that contains a prefix token has weight 1, as separate rows and columns in O(N D), and the N of
-the angles counts the patches alone. `num_prefix_tokens=0`, the default, is the papers' literal form.
+favour the top left corner. Here every pair that contains a prefix token has weight 1, as P more features of O(N D) each, and the N of the
+angles counts the patches alone. `num_prefix_tokens=0`, the default, is the papers' literal form.
 
 Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H, P prefix tokens.
 """
 
 import math
 from functools import lru_cache, partial
-from typing import ClassVar, Tuple
+from typing import Any, ClassVar, Dict, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -77,32 +77,58 @@ def _table_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _features(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """x times each entry of the table's row: (..., N, D), (N, R) -> (..., N, R * D)."""
-    return (x.unsqueeze(-2) * table.unsqueeze(-1)).flatten(-2)
+def _features(x: torch.Tensor, table: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """What one side of every pair brings to its score, so that a score is a product of two rows.
+
+    Args:
+        x: Queries or keys of places, (..., N, D).
+        table: Their table, (N, R).
+        prefix: The other side's prefix tokens, (..., P, D).
+
+    Returns:
+        (..., N, R * D + P): relu(x) times each entry of the table's row, then the scores with the prefix tokens.
+    """
+    x = x.relu()
+    places = (x.unsqueeze(-2) * table.unsqueeze(-1)).flatten(-2)  # (..., N, R, D) -> (..., N, R * D)
+    if prefix.shape[-2] == 0:
+        return places
+    scores = prefix.relu() @ x.transpose(-2, -1)  # (..., P, N)
+    return torch.cat([places, scores.transpose(-2, -1)], dim=-1)
 
 
-def _few_scores(few: torch.Tensor, many: torch.Tensor) -> torch.Tensor:
-    """relu(few) . relu(many), (..., P, D), (..., N, D) -> (..., P, N): the pairs with prefix tokens."""
-    return few.relu() @ many.relu().transpose(-2, -1)
-
-
-def _summarise(k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (..., N, D) of places -> sums of f^T v, (..., R * D, D), and of the features f, (..., 1, R * D)."""
-    f = _features(k.relu(), table)
-    return f.transpose(-2, -1) @ v, f.sum(-2, keepdim=True)
-
-
-def _summarise_for_prefix(
-    k: torch.Tensor, v: torch.Tensor, q_prefix: torch.Tensor
+def _summarise(
+    k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, q_prefix: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """All keys and values (..., N, D) as prefix queries (..., P, D) see them -> numerator (..., P, D), normaliser (..., P, 1)."""
-    scores = _few_scores(q_prefix, k)
-    return scores @ v, scores.sum(-1, keepdim=True)
+    """Keys and values (..., N, D) of places -> sums of f^T v, (..., R * D + P, D), and of the features f, (..., 1, R * D + P)."""
+    f = _features(k, table, q_prefix)
+    return f.transpose(-2, -1) @ v, f.sum(-2, keepdim=True)
 
 
 def _divide(numerator: torch.Tensor, normaliser: torch.Tensor, eps: float, clamp: bool) -> torch.Tensor:
     return numerator / (normaliser.clamp_min(eps) if clamp else normaliser + eps)
+
+
+def _read_prefix(
+    kv: torch.Tensor,
+    k_sum: torch.Tensor,
+    q_prefix: torch.Tensor,
+    k_prefix: torch.Tensor,
+    v_prefix: torch.Tensor,
+    eps: float,
+    clamp: bool,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Takes the prefix queries' sums out of a summary and puts the prefix keys in their stead, for the queries of places.
+
+    Returns:
+        The prefix tokens' output (..., P, D), and the summary (..., R * D + P, D) and (..., 1, R * D + P) to read.
+    """
+    places = kv.shape[-2] - q_prefix.shape[-2]  # R * D
+    scores = q_prefix.relu() @ k_prefix.relu().transpose(-2, -1)  # (..., P, P)
+    numerator = kv[..., places:, :] + scores @ v_prefix
+    normaliser = k_sum[..., places:].transpose(-2, -1) + scores.sum(-1, keepdim=True)
+    kv = torch.cat([kv[..., :places, :], v_prefix], dim=-2)
+    k_sum = torch.cat([k_sum[..., :places], torch.ones_like(k_sum[..., places:])], dim=-1)
+    return _divide(numerator, normaliser, eps, clamp), kv, k_sum
 
 
 def _read(
@@ -111,18 +137,12 @@ def _read(
     kv: torch.Tensor,
     k_sum: torch.Tensor,
     k_prefix: torch.Tensor,
-    v_prefix: torch.Tensor,
     eps: float,
     clamp: bool,
 ) -> torch.Tensor:
-    """Queries (..., N, D) of places against a summary of places and the prefix keys (..., P, D) -> (..., N, D)."""
-    f = _features(q.relu(), table)
-    numerator, normaliser = f @ kv, row_dot(f, k_sum)
-    if k_prefix.shape[-2] > 0:
-        scores = _few_scores(k_prefix, q).transpose(-2, -1)  # (..., N, P)
-        numerator = numerator + scores @ v_prefix
-        normaliser = normaliser + scores.sum(-1, keepdim=True)
-    return _divide(numerator, normaliser, eps, clamp)
+    """Queries (..., N, D) of places against a summary -> (..., N, D)."""
+    f = _features(q, table, k_prefix)
+    return _divide(f @ kv, row_dot(f, k_sum), eps, clamp)
 
 
 def _attend(
@@ -142,12 +162,13 @@ def _attend(
         weights = F.pad(q_table @ k_table.t(), [P, 0, P, 0], value=1.0)  # (Nq, Nk)
         scores = (q.relu() @ k.relu().transpose(-2, -1)) * weights  # (B, H, Nq, Nk)
         return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp).to(dtype)
-    kv, k_sum = _summarise(k[:, :, P:], v[:, :, P:], k_table)
-    out = _read(q[:, :, P:], q_table, kv, k_sum, k[:, :, :P], v[:, :, :P], eps, clamp)
-    if P > 0:
-        numerator, normaliser = _summarise_for_prefix(k, v, q[:, :, :P])
-        out = torch.cat([_divide(numerator, normaliser, eps, clamp), out], dim=-2)
-    return out.to(dtype)
+    q_prefix, k_prefix, v_prefix = q[:, :, :P], k[:, :, :P], v[:, :, :P]
+    q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
+    kv, k_sum = _summarise(k, v, k_table, q_prefix)
+    if P == 0:
+        return _read(q, q_table, kv, k_sum, k_prefix, eps, clamp).to(dtype)
+    out_prefix, kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp)
+    return torch.cat([out_prefix, _read(q, q_table, kv, k_sum, k_prefix, eps, clamp)], dim=-2).to(dtype)
 
 
 def _attend_image(
@@ -161,13 +182,12 @@ def _attend_image(
     clamp: bool,
 ) -> None:
     P = q.shape[-2] - q_table.shape[0]
-    kv, k_sum = sum_over_chunks(_summarise, k[:, P:], v[:, P:], k_table)
-    k_prefix, v_prefix = widen(k[:, :P]), widen(v[:, :P])
-    read = partial(_read, kv=kv, k_sum=k_sum, k_prefix=k_prefix, v_prefix=v_prefix, eps=eps, clamp=clamp)
-    map_chunks(out[:, P:], read, q[:, P:], q_table)
+    q_prefix, k_prefix, v_prefix = widen(q[:, :P]), widen(k[:, :P]), widen(v[:, :P])
+    kv, k_sum = sum_over_chunks(partial(_summarise, q_prefix=q_prefix), k[:, P:], v[:, P:], k_table)
     if P > 0:
-        numerator, normaliser = sum_over_chunks(partial(_summarise_for_prefix, q_prefix=widen(q[:, :P])), k, v)
-        out[:, :P] = _divide(numerator, normaliser, eps, clamp)
+        out[:, :P], kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp)
+    read = partial(_read, kv=kv, k_sum=k_sum, k_prefix=k_prefix, eps=eps, clamp=clamp)
+    map_chunks(out[:, P:], read, q[:, P:], q_table)
 
 
 def _attend_in_pieces(
@@ -179,7 +199,7 @@ def _attend_in_pieces(
     eps: float,
     clamp: bool,
 ) -> torch.Tensor:
-    arguments = {"q_table": q_table, "k_table": k_table, "eps": eps, "clamp": clamp}
+    arguments: Dict[str, Any] = {"q_table": q_table, "k_table": k_table, "eps": eps, "clamp": clamp}
     attend, attend_image = partial(_attend, **arguments), partial(_attend_image, **arguments)
     whole_images = quadratic_is_cheaper(q, k, rank=q_table.shape[1])
     return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v), whole_images)

@@ -1,3 +1,7 @@
 """Model families, one per file. Importing this package registers them in timm's registry."""
 
+from . import conv2former as conv2former
+from . import edgenext as edgenext
+from . import efficientvit as efficientvit
+from . import isotropic_vit as isotropic_vit
 from . import swiftformer as swiftformer

@@ -74,6 +74,8 @@ class HierarchicalBackbone(nn.Module):
       * `init_module(module, name)` if its initialisation is not truncated normal 0.02. A module that owns bare parameters has
         `reset_parameters()` for them, one that owns non-persistent buffers `init_non_persistent_buffers()`.
       * the class attributes below where its values differ.
+      * if timm has other names for `stem` and `stages` in this family: `stem_name`, `stages_name` and the two methods that go through
+        these parts, `forward_stages` and `forward_features` (TorchScript needs the names spelt out).
 
     Args:
         num_classes: Outputs of the classifier; 0 removes it.
@@ -87,6 +89,8 @@ class HierarchicalBackbone(nn.Module):
     output_fmt = "NCHW"
     pool_types: ClassVar[Tuple[str, ...]] = ("", "avg", "max", "avgmax", "catavgmax")
     min_input_size: ClassVar[int] = 1  # pixels; the smallest height and width that every layer can take
+    stem_name: ClassVar[str] = "stem"
+    stages_name: ClassVar[str] = "stages"
 
     if TYPE_CHECKING:  # hidden from TorchScript, which would take them for attribute types
         stem: nn.Module
@@ -101,6 +105,7 @@ class HierarchicalBackbone(nn.Module):
         self.global_pool = self.check_pool(global_pool)
         self.output_fmt = type(self).output_fmt  # FeatureGetterNet and TorchScript look at the instance
         self.feature_info: List[Dict[str, Any]] = []
+        self.num_stages = 0
         self.num_features = 0
         self.head_hidden_size = 0
 
@@ -120,8 +125,10 @@ class HierarchicalBackbone(nn.Module):
             first_reduction: Input pixels per pixel of the first stage's output; every later stage doubles it.
         """
         self.feature_info = [
-            {"num_chs": dim, "reduction": first_reduction * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": first_reduction * 2**i, "module": f"{self.stages_name}.{i}"}
+            for i, dim in enumerate(dims)
         ]
+        self.num_stages = len(dims)
         self.num_features = dims[-1]
         self.head_hidden_size = getattr(self.head, "num_features", self.num_features)
         self.init_weights(needs_reset=False)
@@ -167,13 +174,14 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns that order parameters by depth, for layer-wise learning rates; by stage if `coarse`, else by block."""
+        stages = rf"^{self.stages_name}\.(\d+)"
         return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)"
+            "stem": f"^{self.stem_name}",
+            "blocks": stages
             if coarse
             else [
-                (r"^stages\.(\d+)\.downsample", (0,)),
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (rf"{stages}\.downsample", (0,)),
+                (rf"{stages}\.blocks\.(\d+)", None),
                 (r"^norm", (99999,)),
             ],
         }
@@ -181,8 +189,8 @@ class HierarchicalBackbone(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory: blocks are recomputed in backward instead of being stored."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
+        for stage in getattr(self, self.stages_name):
+            stage.grad_checkpointing = enable
 
     # classifier
 
@@ -235,27 +243,21 @@ class HierarchicalBackbone(nn.Module):
         if output_fmt != "NCHW" and output_fmt != "NHWC":
             raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt}")
         intermediates: List[torch.Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        last_index = len(self.stages) - 1
+        take_indices, max_index = feature_take_indices(self.num_stages, indices)
+        last_index = self.num_stages - 1
 
         if not torch.jit.is_scripting():
             self.check_input(x)
-        x = self.stem(x)
-        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice a Sequential
-            stages = self.stages
-        else:
-            stages = self.stages[: max_index + 1]
-        reached = 0
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            reached = i
-            if i in take_indices:
-                y = self.norm(x) if norm and i == last_index else x
-                if self.output_fmt == "NCHW" and output_fmt == "NHWC":
-                    y = y.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-                elif self.output_fmt == "NHWC" and output_fmt == "NCHW":
-                    y = y.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
-                intermediates.append(y)
+        reached = max_index if stop_early else last_index
+        x, taken = self.forward_stages(x, take_indices, reached)
+        for i, y in enumerate(taken):
+            if norm and i == len(taken) - 1 and last_index in take_indices:
+                y = self.norm(y)  # of the last stage
+            if self.output_fmt == "NCHW" and output_fmt == "NHWC":
+                y = y.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+            elif self.output_fmt == "NHWC" and output_fmt == "NCHW":
+                y = y.permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+            intermediates.append(y)
 
         if intermediates_only:
             return intermediates
@@ -271,9 +273,10 @@ class HierarchicalBackbone(nn.Module):
 
         Cutting stages off always takes norm and head along, which are sized for the last stage.
         """
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        cut = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
+        take_indices, max_index = feature_take_indices(self.num_stages, indices)
+        cut = max_index < self.num_stages - 1
+        self.num_stages = max_index + 1
+        setattr(self, self.stages_name, getattr(self, self.stages_name)[: self.num_stages])
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:
@@ -293,6 +296,17 @@ class HierarchicalBackbone(nn.Module):
                 f"{type(self).__name__} needs images of at least {self.min_input_size} x {self.min_input_size} pixels, "
                 f"got {height} x {width}"
             )
+
+    def forward_stages(self, x: torch.Tensor, take: List[int], last: int) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Image -> (output of stage `last`, outputs of the stages in `take`)."""
+        x = self.stem(x)
+        taken: List[torch.Tensor] = []
+        for i, stage in enumerate(self.stages):
+            if i <= last:
+                x = stage(x)
+                if i in take:
+                    taken.append(x)
+        return x, taken
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_chans, height, width) -> last feature map, unpooled, in the model's `output_fmt`."""

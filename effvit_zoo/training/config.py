@@ -15,7 +15,6 @@ from timm.optim import list_optimizers
 from .. import config as strict
 from ..errors import unknown_choice
 
-
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 
 
@@ -107,8 +106,9 @@ class OptimConfig:
     min_lr: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.name.lower() not in list_optimizers():
-            raise unknown_choice("optimizer", self.name, list_optimizers())
+        known = [str(name) for name in list_optimizers()]
+        if self.name.lower() not in known:
+            raise unknown_choice("optimizer", self.name, known)
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(self.warmup_epochs >= 0, f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
         _require(self.clip_grad is None or self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")

@@ -37,7 +37,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets import FashionMNIST
 
 from ..errors import UserError, unknown_choice
-from ..images import IMAGE_SUFFIXES, BadImage, _to_rgb, _upright, open_image
+from ..images import IMAGE_SUFFIXES, BadImage, open_image, to_rgb
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 TILE, TILES_PER_ROW = 28, 100  # the embedded mosaic: pixels a tile's side, tiles a row
@@ -191,7 +191,7 @@ def _picture(item: Any, img_mode: str) -> Image.Image:
         with item as file:
             image = open_image(file)
     else:
-        image = _to_rgb(_upright(item if isinstance(item, Image.Image) else Image.fromarray(item)))
+        image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
     return image if image.mode == img_mode else image.convert(img_mode)
 
 

@@ -75,7 +75,7 @@ class _Run:
         train = config.train
         self.plain = task.model.to(accelerator.device)  # what is saved; `task.model` becomes its wrapped form
         if train.channels_last:
-            self.plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.plain.to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.plain, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
         optimizer = make_optimizer(self.plain, config.optim)
         if train.compile:

@@ -92,7 +92,9 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         pieces = self.num_processes * self.grad_accum
         steps = -(-self.num_images // (self.batch_size * pieces))
-        return max(1, min(steps, self.num_images // pieces))  # the second only where batch_size is 1: no piece may stay empty
+        return max(
+            1, min(steps, self.num_images // pieces)
+        )  # the second only where batch_size is 1: no piece may stay empty
 
     def step_size(self, step: int) -> int:
         """Images in an optimizer step (0-based over the whole run), over all processes and micro-batches."""
@@ -171,7 +173,7 @@ def make_loader(
     """A torch DataLoader over planned batches; one pass over it is the whole plan, so its workers live as long as the run."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
@@ -188,8 +190,11 @@ class Feed(Protocol):
         steps_per_epoch: Optimizer steps of an epoch.
     """
 
-    class_names: tuple[str, ...]
-    data_config: dict[str, Any]
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def data_config(self) -> dict[str, Any]: ...
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -295,13 +300,19 @@ class StreamFeed:
 
     def __post_init__(self) -> None:
         if not self.train.num_samples:
-            raise UserError(f"{self.train.title} doesn't say how many images it has: its length has to be known for training")
+            raise UserError(
+                f"{self.train.title} doesn't say how many images it has: its length has to be known for training"
+            )
         if self.steps_per_epoch < 1:
-            raise UserError(f"{self.train.title} has {self.train.num_samples} images, fewer than one optimizer step takes")
+            raise UserError(
+                f"{self.train.title} has {self.train.num_samples} images, fewer than one optimizer step takes"
+            )
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        return self.train.samples_per_process(max(1, self.num_workers), self.batch_size) // (self.batch_size * self.grad_accum)
+        return self.train.samples_per_process(max(1, self.num_workers), self.batch_size) // (
+            self.batch_size * self.grad_accum
+        )
 
     def step_size(self, step: int) -> int:
         return self.batch_size * self.num_processes * self.grad_accum
@@ -313,7 +324,9 @@ class StreamFeed:
         while epoch * self.steps_per_epoch < stop_step:
             self.train.set_epoch(epoch)
             stream = StreamedImages(self.train, self.transforms[0], (self.seed, epoch, process))
-            loader = DataLoader(stream, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=True)
+            loader = DataLoader(
+                stream, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=True
+            )
             yield from itertools.islice(loader, seen, per_epoch)
             epoch, seen = epoch + 1, 0
 
@@ -370,7 +383,9 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
             num_workers=num_workers,
         )
     if isinstance(splits.val, StreamSource):
-        raise UserError(f"{splits.val.title} is a stream, the training images aren't: expected both or only the training images to be")
+        raise UserError(
+            f"{splits.val.title} is a stream, the training images aren't: expected both or only the training images to be"
+        )
     return PlannedFeed(
         train=KeyedImages(splits.train, transform, seed=train.seed, replace_bad=True),
         val=KeyedImages(splits.val, validation_transform(data_config), seed=None, replace_bad=False),

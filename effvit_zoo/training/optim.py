@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -14,7 +16,7 @@ from .config import OptimConfig
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """timm's optimizer by name; weights of norms, biases and what the model names in `no_weight_decay` don't decay."""
-    optional = {"betas": config.betas, "eps": config.eps}
+    optional: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     try:
         return create_optimizer_v2(
             model,
@@ -35,7 +37,7 @@ def make_scheduler(optimizer: Optimizer, config: OptimConfig, epochs: int, steps
         optimizer,
         sched=config.schedule,
         num_epochs=epochs,
-        warmup_epochs=config.warmup_epochs,
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it by the updates per epoch
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
         step_on_epochs=False,

@@ -133,7 +133,9 @@ def _resumed_config(
 def _make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     try:
         return Accelerator(
-            mixed_precision=config.train.precision, log_with=list(config.train.trackers), project_dir=str(folder)
+            mixed_precision=config.train.precision,
+            log_with=list(config.train.trackers) or None,
+            project_dir=str(folder),
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate refuses these settings: {error}") from None
@@ -167,7 +169,7 @@ def build_model(config: RunConfig, num_classes: int) -> nn.Module:
     """The config's model with a head for `num_classes`, made for `data.img_size`. Raises `UserError`."""
     name, size = config.model.name, config.data.img_size
     pretrained = config.model.pretrained or hub.brings_weights(name)
-    model = hub.load(name, pretrained=pretrained, **{**config.model.kwargs, "num_classes": num_classes})
+    model: Any = hub.load(name, pretrained=pretrained, **{**config.model.kwargs, "num_classes": num_classes})
     if size is not None:
         try:
             if hasattr(model, "set_input_size"):

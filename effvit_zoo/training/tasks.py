@@ -74,8 +74,8 @@ class Classification:
 
     def _mix(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images and target distributions (B, num_classes). Pairs are mixed; of an odd batch the last image stays as it is."""
-        paired = len(target) // 2 * 2 if self.mixup else 0
-        if not paired:
+        paired = len(target) // 2 * 2
+        if self.mixup is None or not paired:
             return image, mixup_target(target, self.num_classes, 1.0, self.smoothing)
         mixed, soft = self.mixup(image[:paired].clone(), target[:paired])
         rest = mixup_target(target[paired:], self.num_classes, 1.0, self.smoothing)

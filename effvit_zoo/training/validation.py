@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
     brought = hub.brings_weights(args.model)
-    model = hub.load(args.model, pretrained=args.pretrained or brought)
+    model: Any = hub.load(args.model, pretrained=args.pretrained or brought)
     labels = hub.label_names(model)
     trained = hub.read_config(args.model).get(hub.EXTRA_KEY, {}) if brought else {}
     # images that training held out of an undivided folder are found again by its seed and share
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def validate(
-    model: nn.Module, source: Source, labels: tuple[str, ...] | None, args: argparse.Namespace, size: int | None
+    model: Any, source: Source, labels: tuple[str, ...] | None, args: argparse.Namespace, size: int | None
 ) -> dict[str, Any]:
     """One model on one source at one input size, as a row of results."""
     order = class_order(source.class_names, labels, model.num_classes)

@@ -1,0 +1,115 @@
+"""Cross-covariance attention: channels attend to channels, so cost is linear in the number of tokens.
+
+"XCiT: Cross-Covariance Image Transformers", arXiv:2106.09681, in the form of EdgeNeXt, arXiv:2206.10589.
+Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f, models/sdta_encoder.py (MIT). Own code.
+
+Deliberate differences: x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for (equal but for vectors
+shorter than 1e-11); half-precision queries and keys are normalised in float32, where sums of squares over many tokens do not overflow.
+
+Layout: the function takes channels by tokens, (B, H, D, N); the module tokens by channels, (B, N, C). B batch, N tokens, H heads,
+D channels per head, C = H * D.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._linear import widen
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """Every vector along the last axis divided by its Euclidean norm, in float32 at least; zero vectors stay zero."""
+    x = widen(x)
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-24)
+
+
+def cross_covariance_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor, dropout: float = 0.0
+) -> torch.Tensor:
+    """softmax(temperature * cos(q, k)) v, where cos compares channels over all tokens.
+
+    Args:
+        q: Queries, (B, H, D, N).
+        k: Keys, (B, H, D, N).
+        v: Values, (B, H, D, N).
+        temperature: Factor of the cosines, one per head, (H, 1, 1).
+        dropout: Share of the D x D weights that are set to zero, the rest scaled up; 0 outside training.
+
+    Returns:
+        (B, H, D, N) in v's dtype.
+    """
+    weights = (unit_rows(q) @ unit_rows(k).transpose(-2, -1)) * temperature  # (B, H, D, D)
+    weights = weights.softmax(-1)
+    if dropout > 0.0:
+        weights = F.dropout(weights, dropout)
+    return weights.to(v.dtype) @ v
+
+
+class ChannelMajorLinear(nn.Linear):
+    """`nn.Linear` on (B, N, C_in) whose result (B, N, C_out) lies in memory channel by channel.
+
+    What then works on channels over tokens reads contiguous rows, without a transposing copy.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.expand(x.shape[0], -1, -1), self.bias
+        x = x.transpose(1, 2)  # (B, C_in, N)
+        x = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(1), weight, x)  # (B, C_out, N)
+        return x.transpose(1, 2)
+
+
+class CrossCovarianceAttention(nn.Module):
+    """Cross-covariance attention with its projections, (B, N, C) -> (B, N, C).
+
+    Args:
+        dim: C.
+        num_heads: H.
+        qkv_bias: Whether queries, keys and values have a bias.
+        attn_drop: Dropout of the D x D weights.
+        proj_drop: Dropout of the output.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim}, num_heads={num_heads}")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, **dd))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Temperature 1; the linear layers have their own."""
+        nn.init.ones_(self.temperature)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, C = x.shape
+        D = C // self.num_heads
+        qkv = self.qkv(x).transpose(1, 2).reshape(B, 3, self.num_heads, D, N)
+        q, k, v = qkv.unbind(1)
+        x = cross_covariance_attention(q, k, v, self.temperature, self.attn_drop if self.training else 0.0)
+        x = x.reshape(B, C, N).transpose(1, 2)  # (B, N, C)
+        return self.proj_drop(self.proj(x))
+
+    def fuse(self) -> "CrossCovarianceAttention":
+        """Lets the first projection write channel by channel; equal in value. Pays off without gradients only."""
+        qkv = self.qkv
+        self.qkv = ChannelMajorLinear(qkv.in_features, qkv.out_features, qkv.bias is not None, device="meta")
+        self.qkv.weight, self.qkv.bias = qkv.weight, qkv.bias
+        return self

@@ -1,0 +1,143 @@
+"""Multi-scale linear attention of EfficientViT: ReLU linear attention over every position, at the pixel's scale and at coarser ones.
+
+"EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", arXiv:2205.14756 (MIT HAN lab, not MSRA's EfficientViT).
+Official code: https://github.com/mit-han-lab/efficientvit @ de7d7733cc (Apache-2.0), class `LiteMLA`. Own code with timm's parameter names.
+
+q, k and v of a coarser scale are those of the pixels around, aggregated by a depthwise convolution and mixed within each head's q, k or v;
+their heads stand beside the others. Per head, with relu(q) and relu(k), out = v k^T q / (sum(k) . q + eps): linear in the number of positions.
+
+Deliberate differences, none in value:
+  - channels come first, as in the feature map, so nothing is transposed; the key sum is one more row of v k^T instead of a row of ones in v;
+  - the mixing is a batched product instead of a convolution with hundreds of groups, which runs one group at a time on a CPU;
+  - small maps take the same path as large ones (the official code multiplies (k^T q) first when there are fewer pixels than channels);
+  - the attention is computed in float32 whatever the input, also under autocast: eps is 1e-15 as officially, which float16 does not have
+    (0 / 0 where a query is all negative), and sums over thousands of positions leave its range. A runtime that computes all in float16
+    needs a larger one; timm has 1e-5, which moves the logits by a few 1e-6.
+
+Layout: module (B, C, H, W) -> (B, C, H, W); function (M, D, N) -> (M, D, N): M heads of all images, D channels of a head, N = H * W positions.
+"""
+
+from collections import OrderedDict
+from typing import Sequence
+
+import torch
+from timm.layers import register_notrace_function
+from torch import nn
+
+from ._linear import widen, without_autocast
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    dtype = v.dtype
+    q, k, v = widen(q).relu(), widen(k).relu(), widen(v)
+    kv = torch.bmm(v, k.transpose(1, 2))  # (M, Dv, D): N is gone, hence linear
+    kv = torch.cat([kv, k.sum(2).unsqueeze(1)], dim=1)  # (M, Dv + 1, D)
+    numerator, denominator = torch.bmm(kv, q).split([v.shape[1], 1], dim=1)
+    # one reciprocal per position: cheaper than a division per element, above all in backward
+    return (numerator * (denominator + eps).reciprocal()).to(dtype)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-15) -> torch.Tensor:
+    """out_i = sum_j s_ij v_j / (sum_j s_ij + eps) with s_ij = relu(q_i) . relu(k_j); no scale. Channels first.
+
+    Args:
+        q: Queries, (M, D, Nq); M counts the heads of all images.
+        k: Keys, (M, D, Nk).
+        v: Values, (M, Dv, Nk).
+        eps: Added to the normaliser.
+
+    Returns:
+        (M, Dv, Nq) of v's type.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"expected q, k, v of (M, D, N), got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    if q.shape[1] != k.shape[1] or k.shape[2] != v.shape[2]:
+        raise ValueError(
+            "expected q, k of equal channels and k, v of equal positions, "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if torch.jit.is_scripting():
+        return _attend(q, k, v, eps)
+    else:
+        with without_autocast(q):
+            return _attend(q, k, v, eps)
+
+
+class GroupedPointwise(nn.Conv2d):
+    """A 1x1 convolution in groups, without bias, as one batched product: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim: int, groups: int, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, 1, groups=groups, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        D = self.weight.shape[1]
+        x = x.reshape(B, self.groups, D, H * W)  # (B, C / D, D, N)
+        weight = self.weight.reshape(self.groups, D, D)
+        return torch.matmul(weight, x).reshape(B, C, H, W)
+
+
+class MultiScaleLinearAttention(nn.Module):
+    """EfficientViT's attention on a feature map, (B, C, H, W) -> (B, C, H, W).
+
+    The channels of `qkv` are grouped by head, each head's as [q | k | v].
+
+    Args:
+        dim: Channels C.
+        head_dim: Channels D of a head; must divide `dim`.
+        scales: Odd widths, in pixels, of the windows that the additional scales aggregate.
+        eps: Added to the normaliser.
+
+    Raises:
+        ValueError: If `head_dim` does not divide `dim` or a scale is even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int = 32,
+        scales: Sequence[int] = (5,),
+        eps: float = 1e-15,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if head_dim < 1 or dim % head_dim:
+            raise ValueError(f"dim must be a multiple of head_dim, got dim={dim}, head_dim={head_dim}")
+        if any(scale % 2 == 0 for scale in scales):
+            raise ValueError(f"scales must be odd, got {tuple(scales)}")
+        self.head_dim = head_dim
+        self.eps = eps
+        inner = 3 * dim
+        self.qkv = nn.Sequential(OrderedDict(conv=nn.Conv2d(dim, inner, 1, bias=False, **dd)))
+        self.aggreg = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inner, inner, scale, padding=scale // 2, groups=inner, bias=False, **dd),
+                GroupedPointwise(inner, inner // head_dim, **dd),
+            )
+            for scale in scales
+        )
+        self.proj: nn.Module = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(dim * (1 + len(scales)), dim, 1, bias=False, **dd),
+                norm=nn.BatchNorm2d(dim, eps=norm_eps, **dd),
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, _, H, W = x.shape
+        D = self.head_dim
+        scales = [self.qkv(x)]
+        for aggregate in self.aggreg:
+            scales.append(aggregate(scales[0]))
+        qkv = torch.cat(scales, dim=1).reshape(-1, 3 * D, H * W)  # (M, 3 D, N), M = B * heads * scales
+        q, k, v = qkv.split([D, D, D], dim=1)
+        out = relu_linear_attention(q, k, v, self.eps)
+        return self.proj(out.reshape(B, -1, H, W))
