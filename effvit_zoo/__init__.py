@@ -8,9 +8,10 @@ import timm
 from torch import nn
 
 from . import models as models
+from .inference import optimize_for_inference as optimize_for_inference
 from .version import __version__ as __version__
 
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "optimize_for_inference"]
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -438,4 +438,6 @@ COMMANDS = {
     "info": Command("all that is known of one model", _info_arguments, _info),
     "predict": Command("classify pictures with any model", _predict_arguments, _predict),
     "validate": _from_module("measure a model's accuracy and speed on a data set", "training.validation"),
+    "benchmark": _from_module("measure speed and memory against timm's own models", "benchmark.command"),
+    "convert": _from_module("turn a checkpoint file of an official repository into a model folder", "convert"),
 }

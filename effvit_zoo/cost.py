@@ -1,4 +1,4 @@
-"""What a model costs on paper: parameters and multiply-accumulates (MACs) of one image.
+"""What a model costs on paper, and the processor that has to pay: parameters and multiply-accumulates (MACs) of one image.
 
 MACs are those of convolutions and matrix products (half of what `torch.utils.flop_counter` counts), attention included:
 element-wise work, norms and softmax are left out, as in the papers' tables. A model on the meta device is counted without
@@ -7,7 +7,9 @@ computing anything.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -66,3 +68,13 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> int
         for module, training in modes:
             module.training = training
     return counter.get_total_flops() // 2
+
+
+def processor_name() -> str:
+    """The CPU's model name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

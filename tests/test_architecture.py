@@ -25,7 +25,7 @@ ALLOWED = {
     "training": {"models", "hub", "cost", "viz"},
     "pipelines": {"training", "models", "hub", "cost", "viz", "benchmark"},
     "cli": {"models", "hub", "cost", "convert", "viz", "prediction", "benchmark", "export", "training", "pipelines"},
-    "__init__": {"models", "attention"},
+    "__init__": {"attention", "models", "inference"},
     "__main__": {"cli"},
 }
 """Room -> rooms that it may import from, besides itself and the ground."""

@@ -7,6 +7,7 @@ import naive_attention as naive
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -258,6 +259,20 @@ def test_inference_works_in_pieces(name):
         with torch.no_grad(), Recorder() as recorder:
             f(*inputs)
         assert 0 < recorder.largest <= width * _linear.PIECE_ELEMENTS
+
+
+@pytest.mark.parametrize("name", [name for name in TOKEN_MIXERS if name != "softmax"])
+def test_mixers_refuse_masks_and_stay_traceable_in_a_model(name):
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+    model = VisionTransformer(**shape, attn_layer=TOKEN_MIXERS[name]).eval()
+    x = torch.randn(2, 3, 16, 16)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    for form in (model, traced):
+        with pytest.raises(ValueError, match="mask"):
+            form(x, attn_mask=torch.ones(17, 17))
+        with pytest.raises(ValueError, match="is_causal"):
+            form(x, is_causal=True)
 
 
 def placed(name):

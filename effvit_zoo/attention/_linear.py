@@ -66,7 +66,7 @@ def without_autocast(x: torch.Tensor) -> ContextManager:
 
     A no-op unless autocast is on: entering `torch.autocast` for nothing would leave its mark in exported graphs.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

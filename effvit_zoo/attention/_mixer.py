@@ -10,7 +10,18 @@ Layout: (B, N, C) -> (B, N, C), heads inside: B batch, N tokens, C channels, H h
 from typing import ClassVar, Optional, Tuple, Type
 
 import torch
+from timm.layers import register_notrace_function
 from torch import nn
+
+
+@torch.fx.wrap
+@register_notrace_function
+def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    """Raises ValueError if there is a mask or causality. A leaf for fx, to which every argument of a model looks like a tensor."""
+    if attn_mask is not None:
+        raise ValueError(f"{mechanism} lets every token see every other, got an attn_mask, expected None")
+    if is_causal:
+        raise ValueError(f"{mechanism} is bidirectional, got is_causal=True, expected False")
 
 
 class TokenMixer(nn.Module):
@@ -95,9 +106,6 @@ class TokenMixer(nn.Module):
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
-        if attn_mask is not None:
-            raise ValueError(f"{self.mechanism} lets every token see every other, got an attn_mask, expected None")
-        if is_causal:
-            raise ValueError(f"{self.mechanism} is bidirectional, got is_causal=True, expected False")
+        refuse_mask(self.mechanism, attn_mask, is_causal)
         q, k, v = self.project_qkv(x)
         return self.project_out(self.mix(q, k, v))

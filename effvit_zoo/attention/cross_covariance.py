@@ -11,14 +11,21 @@ D channels per head, C = H * D.
 """
 
 import torch
+import torch.fx
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import nn
 
 from ._linear import widen
 
 
+@torch.fx.wrap
+@register_notrace_function
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """Every vector along the last axis divided by its Euclidean norm, in float32 at least; zero vectors stay zero."""
+    """Every vector along the last axis divided by its Euclidean norm, in float32 at least; zero vectors stay zero.
+
+    One node for fx, which cannot branch on the dtype.
+    """
     x = widen(x)
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-24)
 
@@ -43,19 +50,6 @@ def cross_covariance_attention(
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
     return weights.to(v.dtype) @ v
-
-
-class ChannelMajorLinear(nn.Linear):
-    """`nn.Linear` on (B, N, C_in) whose result (B, N, C_out) lies in memory channel by channel.
-
-    What then works on channels over tokens reads contiguous rows, without a transposing copy.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.expand(x.shape[0], -1, -1), self.bias
-        x = x.transpose(1, 2)  # (B, C_in, N)
-        x = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(1), weight, x)  # (B, C_out, N)
-        return x.transpose(1, 2)
 
 
 class CrossCovarianceAttention(nn.Module):
@@ -106,10 +100,3 @@ class CrossCovarianceAttention(nn.Module):
         x = cross_covariance_attention(q, k, v, self.temperature, self.attn_drop if self.training else 0.0)
         x = x.reshape(B, C, N).transpose(1, 2)  # (B, N, C)
         return self.proj_drop(self.proj(x))
-
-    def fuse(self) -> "CrossCovarianceAttention":
-        """Lets the first projection write channel by channel; equal in value. Pays off without gradients only."""
-        qkv = self.qkv
-        self.qkv = ChannelMajorLinear(qkv.in_features, qkv.out_features, qkv.bias is not None, device="meta")
-        self.qkv.weight, self.qkv.bias = qkv.weight, qkv.bias
-        return self

@@ -3,24 +3,25 @@
 "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", arXiv:2205.14756 (MIT HAN lab, not MSRA's EfficientViT).
 Official code: https://github.com/mit-han-lab/efficientvit @ de7d7733cc (Apache-2.0), class `LiteMLA`. Own code with timm's parameter names.
 
-q, k and v of a coarser scale are those of the pixels around, aggregated by a depthwise convolution and mixed within each head's q, k or v;
-their heads stand beside the others. Per head, with relu(q) and relu(k), out = v k^T q / (sum(k) . q + eps): linear in the number of positions.
+q, k and v of a coarser scale are those of the pixels around, aggregated by a depthwise convolution and mixed within each head's q, k or
+v; their heads stand beside the others. Per head, out = v k^T q / (sum(k) . q + eps) with relu(q) and relu(k): linear in the positions.
 
 Deliberate differences, none in value:
-  - channels come first, as in the feature map, so nothing is transposed; the key sum is one more row of v k^T instead of a row of ones in v;
+  - channels come first, as in the feature map, so nothing is transposed;
   - the mixing is a batched product instead of a convolution with hundreds of groups, which runs one group at a time on a CPU;
   - small maps take the same path as large ones (the official code multiplies (k^T q) first when there are fewer pixels than channels);
   - the attention is computed in float32 whatever the input, also under autocast: eps is 1e-15 as officially, which float16 does not have
     (0 / 0 where a query is all negative), and sums over thousands of positions leave its range. A runtime that computes all in float16
     needs a larger one; timm has 1e-5, which moves the logits by a few 1e-6.
 
-Layout: module (B, C, H, W) -> (B, C, H, W); function (M, D, N) -> (M, D, N): M heads of all images, D channels of a head, N = H * W positions.
+Layout: module (B, C, H, W) -> (B, C, H, W); function (M, D, N) -> (M, D, N): M heads of all images, D channels each, N = H * W.
 """
 
 from collections import OrderedDict
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
@@ -30,9 +31,9 @@ from ._linear import widen, without_autocast
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     dtype = v.dtype
     q, k, v = widen(q).relu(), widen(k).relu(), widen(v)
-    kv = torch.bmm(v, k.transpose(1, 2))  # (M, Dv, D): N is gone, hence linear
-    kv = torch.cat([kv, k.sum(2).unsqueeze(1)], dim=1)  # (M, Dv + 1, D)
-    numerator, denominator = torch.bmm(kv, q).split([v.shape[1], 1], dim=1)
+    v = F.pad(v, [0, 0, 0, 1], value=1.0)  # (M, Dv + 1, N): the row of ones sums the keys
+    kv = torch.bmm(k, v.transpose(1, 2)).transpose(1, 2)  # (M, Dv + 1, D): N is gone, hence linear
+    numerator, denominator = torch.bmm(kv, q).split([v.shape[1] - 1, 1], dim=1)
     # one reciprocal per position: cheaper than a division per element, above all in backward
     return (numerator * (denominator + eps).reciprocal()).to(dtype)
 
@@ -63,9 +64,8 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
         )
     if torch.jit.is_scripting():
         return _attend(q, k, v, eps)
-    else:
-        with without_autocast(q):
-            return _attend(q, k, v, eps)
+    with without_autocast(q):
+        return _attend(q, k, v, eps)
 
 
 class GroupedPointwise(nn.Conv2d):

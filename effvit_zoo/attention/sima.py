@@ -1,7 +1,7 @@
 """SimA: softmax-free attention whose q and k are divided by their l1 norm over the tokens, channel by channel. No exp, no normaliser.
 
-"SimA: Simple Softmax-free Attention for Vision Transformers", arXiv:2206.08898. Official code: UCDvision/sima@3ec3b8e0 (MIT), classes
-`SimA` and `ClassAttention` of `sima.py`. Own code; deliberate differences:
+"SimA: Simple Softmax-free Attention for Vision Transformers", arXiv:2206.08898. Official code: UCDvision/sima@3ec3b8e0 (MIT), class
+`SimA` and the class attention of its XCiT variant. Own code; deliberate differences:
   - the norms scale the small D x D product rather than the tokens: q^ (k^^T v) = q diag(1 / (|q|_1 |k|_1)) k^T v;
   - sums run in float32 whatever the input (1e-12 is 0 in float16, and a channel of zeros would be 0 / 0);
   - a channel that is zero in every token gets the gradient 0, not 1e12;
@@ -31,7 +31,7 @@ from ._linear import (
     widen,
     without_autocast,
 )
-from ._mixer import TokenMixer
+from ._mixer import TokenMixer, refuse_mask
 
 
 def _l1_norm(x: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,6 @@ class SimaClassAttention(TokenMixer):
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
-        if attn_mask is not None or is_causal:
-            raise ValueError(f"{self.mechanism} lets the class token see every token, got a mask or is_causal=True")
+        refuse_mask(self.mechanism, attn_mask, is_causal)
         q, k, v = self.project_qkv(x)
         return torch.cat([self.project_out(self.mix(q, k, v)), x[:, 1:]], dim=1)

@@ -8,7 +8,7 @@ after another: a side shorter than the window shrinks the window to it, a side n
 sides are padded at their end to a multiple of the window. That is what timm (Apache-2.0) fixes at construction; both give the same values.
 As there, the map is rolled before it is padded, and padding takes part in attention as zero tokens.
 
-Deliberate differences, none in value: no masks or position indices among the buffers (they follow from the size, see `_remember`; windows
+Deliberate differences, none in value: no masks or position indices among the buffers (they follow from the size, see `remember`; windows
 differ only in whether they are the last of their row or column, so four masks serve any map); where a window shrinks, its biases are
 those of the same offsets, without interpolation; matrix products are 3-D.
 
@@ -25,8 +25,6 @@ from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import nn
 
 Size = Tuple[int, int]
-
-MASKED = -100.0  # added to the score of two tokens that only the roll made neighbours; the official value
 
 
 def window_and_shift(height: int, width: int, window: Size, shifted: bool) -> Tuple[int, int, int, int]:
@@ -71,13 +69,16 @@ def relative_position_index(window: Size, device: Optional[torch.device] = None)
 
 
 def shift_masks(window: Size, device: Optional[torch.device] = None) -> torch.Tensor:
-    """(4, N, N): what to add to the scores in an inner window, the last of a row, the last of a column, and the last of both."""
+    """(4, N, N): what to add to the scores in an inner window, the last of a row, the last of a column, and the last of both.
+
+    It keeps apart what only the roll made neighbours.
+    """
     position = torch.arange(window[0] * window[1], device=device)
     wrapped_down = position // window[1] >= window[0] - window[0] // 2  # (N,): came from the map's other end
     wrapped_right = position % window[1] >= window[1] - window[1] // 2
     down = wrapped_down[:, None] != wrapped_down[None, :]
     right = wrapped_right[:, None] != wrapped_right[None, :]
-    return torch.stack([torch.zeros_like(down), right, down, down | right]) * MASKED
+    return torch.stack([torch.zeros_like(down), right, down, down | right]) * -100.0  # the official value
 
 
 def window_kinds(
@@ -104,7 +105,7 @@ _KEPT: Dict[Tuple[Any, ...], torch.Tensor] = {}
 _MAX_KEPT = 256  # about thirty image sizes; at 1024 px a size takes 2 MB at most
 
 
-def _remember(build: Callable[..., torch.Tensor], like: torch.Tensor, *args: Any) -> torch.Tensor:
+def remember(build: Callable[..., torch.Tensor], like: torch.Tensor, *args: Any) -> torch.Tensor:
     """build(*args, like.device), kept for the next call with the same arguments.
 
     Results depend on sizes only, never on weights, so models may share them. Anything that records operations instead of doing them
@@ -128,12 +129,12 @@ def relative_position_bias(table: torch.Tensor, window: Size) -> torch.Tensor:
     if torch.jit.is_scripting():
         index = relative_position_index(window, table.device)
     else:
-        index = _remember(relative_position_index, table, window)
+        index = remember(relative_position_index, table, window)
     N = index.shape[0]
     return table[index.flatten()].reshape(N, N, -1).permute(2, 0, 1)
 
 
-def _crop(bias: torch.Tensor, height: int, width: int, window: Size) -> torch.Tensor:
+def crop_bias(bias: torch.Tensor, height: int, width: int, window: Size) -> torch.Tensor:
     """Bias (K, heads, N, N) of a whole window -> that of the smaller window that a small map gets."""
     wh, ww = min(height, window[0]), min(width, window[1])
     if wh == window[0] and ww == window[1]:
@@ -146,15 +147,15 @@ def _crop(bias: torch.Tensor, height: int, width: int, window: Size) -> torch.Te
 def attention_bias(table: torch.Tensor, height: int, width: int, window: Size, shifted: bool) -> torch.Tensor:
     """What to add to the scores on a map of this size: (1, heads, N, N), or (n, heads, N, N) where windows wrap around the map."""
     wh, ww, down, right = window_and_shift(height, width, window, shifted)
-    bias = _crop(relative_position_bias(table, window).unsqueeze(0), height, width, window)
+    bias = crop_bias(relative_position_bias(table, window).unsqueeze(0), height, width, window)
     if down == 0 and right == 0:
         return bias
     if torch.jit.is_scripting():
         masks = shift_masks((wh, ww), table.device)
         kinds = window_kinds(height, width, window, shifted, table.device)
     else:
-        masks = _remember(shift_masks, table, (wh, ww))
-        kinds = _remember(window_kinds, table, height, width, window, shifted)
+        masks = remember(shift_masks, table, (wh, ww))
+        kinds = remember(window_kinds, table, height, width, window, shifted)
     return bias + masks.to(bias.dtype).index_select(0, kinds).unsqueeze(1)
 
 
@@ -166,14 +167,14 @@ def bias_by_kind(table: torch.Tensor, window: Size, shifted: bool) -> torch.Tens
 
 def place_bias(by_kind: torch.Tensor, height: int, width: int, window: Size, shifted: bool) -> torch.Tensor:
     """`attention_bias` from the constant that `bias_by_kind` made."""
-    by_kind = _crop(by_kind, height, width, window)
+    by_kind = crop_bias(by_kind, height, width, window)
     down, right = window_and_shift(height, width, window, shifted)[2:]
     if down == 0 and right == 0:
         return by_kind[:1]
     if torch.jit.is_scripting():
         kinds = window_kinds(height, width, window, shifted, by_kind.device)
     else:
-        kinds = _remember(window_kinds, by_kind, height, width, window, shifted)
+        kinds = remember(window_kinds, by_kind, height, width, window, shifted)
     return by_kind.index_select(0, kinds)
 
 
@@ -270,16 +271,17 @@ class WindowAttention(nn.Module):
         """Changes the window and interpolates the bias table to it, as timm does (geometrically spaced bicubic interpolation).
 
         Raises:
-            ValueError: If the module is fused: its table is gone.
+            ValueError: If the module is fused and the window another one: the table is gone.
         """
         table = self.relative_position_bias_table
+        if window_size == self.window_size:
+            return
         if table is None:
             raise ValueError(f"a fused WindowAttention keeps its window of {self.window_size}, got {window_size}")
         offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         with torch.no_grad():
             resized = resize_rel_pos_bias_table(table, window_size, (offsets, self.num_heads), self.window_size)
-        if resized is not table:
-            self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+        self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.window_size = window_size
 
     def project_qkv(self, windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,3 +5,4 @@ from . import edgenext as edgenext
 from . import efficientvit as efficientvit
 from . import isotropic_vit as isotropic_vit
 from . import swiftformer as swiftformer
+from . import swin as swin

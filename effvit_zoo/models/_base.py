@@ -371,7 +371,7 @@ def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: s
 
 def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """The tensors of a training checkpoint that nests them (averaged weights first), or the dict itself."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model"):
         if isinstance(checkpoint.get(key), dict):
             return checkpoint[key]
     return checkpoint

@@ -31,6 +31,7 @@ from ._base import (
     fold_norm_before,
     fold_output_affine,
     imagenet_cfg,
+    inplace_activation,
     unwrap_state_dict,
 )
 
@@ -58,9 +59,10 @@ class Stem(nn.Sequential):
         The weights become channels_last, and with them, in eager mode, the feature maps of the whole network: LayerNorm and the 1x1
         convolutions then read them in the order in which they lie.
         """
+        self[1], self[4] = inplace_activation(self[1]), inplace_activation(self[4])
         self[6] = fold_norm_before(self[5], self[6])  # type: ignore[type-var]
         self[5] = nn.Identity()
-        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return self.to(memory_format=torch.channels_last)
 
 
 class Downsample(nn.Sequential):
@@ -81,7 +83,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.pos = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
-        self.act = nn.GELU()
+        self.act: nn.Module = nn.GELU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1(self.norm(x)))
@@ -114,11 +116,13 @@ class Block(nn.Module):
         return x + self.drop_path(self.layer_scale_2(self.mlp(x)))
 
     def fuse(self) -> "Block":
-        """Folds the layer scales into the convolutions before them."""
+        """Folds the layer scales into the convolutions before them; activations act in place."""
         if isinstance(self.layer_scale_1, LayerScale2d) and isinstance(self.layer_scale_2, LayerScale2d):
             self.attn.proj = fold_output_affine(self.attn.proj, self.layer_scale_1.gamma)
             self.mlp.fc2 = fold_output_affine(self.mlp.fc2, self.layer_scale_2.gamma)
             self.layer_scale_1 = self.layer_scale_2 = nn.Identity()
+        self.attn.att[1] = inplace_activation(self.attn.att[1])
+        self.mlp.act = inplace_activation(self.mlp.act)
         return self
 
 
@@ -160,6 +164,11 @@ class Head(ClassifierHead):
         x = self.norm(self.act(self.conv(x)))
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
+
+    def fuse(self) -> "Head":
+        """The activation acts in place."""
+        self.act = inplace_activation(self.act)
+        return self
 
 
 class Conv2Former(HierarchicalBackbone):

@@ -3,9 +3,9 @@
 "EdgeNeXt: Efficiently Amalgamated CNN-Transformer Architecture for Mobile Vision Applications", arXiv:2206.10589, CADL 2022.
 Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f (MIT). Own code with timm's parameter names.
 
-Kept from the official code: the last of the split channel groups may be narrower and passes the convolutions by; what SDTA adds to its input
-is the MLP's output only; the position encoding is in stage 2 alone and always float32; the bn_hs variants continue from the normalised
-map in SDTA, normalise before pooling and have biases in SDTA's convolutions only.
+Kept from the official code: the last of the split channel groups may be narrower and passes the convolutions by; SDTA adds nothing but the
+MLP's output to its input; the position encoding is in stage 2 alone and always float32; the bn_hs variants continue from the normalised
+map in SDTA, normalise before pooling, and of their convolutions only SDTA's have biases.
 Deliberate differences, none in value: the position encoding has no batch axis, and its sines and cosines are kept per image size.
 
 Layout: feature maps (B, C, H, W), channels last in memory; MLPs see (B, H, W, C), attention (B, N, C) with N = H * W. Any image of
@@ -15,7 +15,7 @@ at least 32 x 32 pixels.
 import functools
 import math
 import re
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
+from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ..attention.cross_covariance import CrossCovarianceAttention
 from ._base import (
     HierarchicalBackbone,
     Stage,
+    batch_norm_affine,
     build,
     fold_norm_after,
     fold_norm_before,
@@ -39,9 +40,9 @@ from ._base import (
 
 __all__ = ["EdgeNeXt"]
 
-# Hidden features of an MLP that are computed at a time: 2 MB in float32, about one core's second-level cache. More makes no difference to
-# the matrix product, but sends the activation to memory and back: stage 1 took 1.9 times as long at batch 8.
-PIECE_ELEMENTS = 2**19
+# Hidden features of an MLP that are computed at a time per thread, 3 MB in float32. More does nothing for the matrix products, but sends
+# the activations to memory and back: on one core the MLPs of the small model's first stage took 1.8 times as long in one piece at batch 8.
+PIECE_ELEMENTS = 3 * 2**18
 
 
 def _norm(dim: int, bn_hs: bool, device=None, dtype=None) -> nn.Module:
@@ -49,21 +50,20 @@ def _norm(dim: int, bn_hs: bool, device=None, dtype=None) -> nn.Module:
     return nn.BatchNorm2d(dim, **dd) if bn_hs else LayerNorm2d(dim, eps=1e-6, **dd)
 
 
-def fourier_features(ones: torch.Tensor, wavelengths: List[float]) -> torch.Tensor:
+def fourier_features(ones: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
     """Sines and cosines of every pixel's position, which runs from above 0 to 2 pi along either axis.
 
     Args:
         ones: Ones, (H, W), whose dtype and device are the result's.
-        wavelengths: Divisors of the position, K of them.
+        wavelengths: Divisors of the position, (K,).
 
     Returns:
         (H, W, 4 K): sine and cosine in turn for every wavelength, first of the row, then of the column.
     """
-    divisor = ones.new_tensor(wavelengths)
     y, x = ones.cumsum(0), ones.cumsum(1)
     y = y / (y[-1:] + 1e-6) * (2 * math.pi)
     x = x / (x[:, -1:] + 1e-6) * (2 * math.pi)
-    y, x = y.unsqueeze(-1) / divisor, x.unsqueeze(-1) / divisor  # (H, W, K)
+    y, x = y.unsqueeze(-1) / wavelengths, x.unsqueeze(-1) / wavelengths  # (H, W, K)
     y = torch.stack((y.sin(), y.cos()), -1).flatten(2)
     x = torch.stack((x.sin(), x.cos()), -1).flatten(2)
     return torch.cat((y, x), 2)
@@ -73,7 +73,8 @@ def fourier_features(ones: torch.Tensor, wavelengths: List[float]) -> torch.Tens
 def _stored_features(height: int, width: int, wavelengths: Tuple[float, ...], device: torch.device) -> torch.Tensor:
     # ordinary tensors even if the first caller is in inference mode: the next one may be training
     with torch.inference_mode(False), torch.no_grad():
-        return fourier_features(torch.ones(height, width, dtype=torch.float32, device=device), list(wavelengths))
+        ones = torch.ones(height, width, dtype=torch.float32, device=device)
+        return fourier_features(ones, ones.new_tensor(wavelengths))
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -92,12 +93,19 @@ class PositionalEncodingFourier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.token_projection.weight, self.token_projection.bias
         if torch.jit.is_scripting():
-            features = fourier_features(torch.ones_like(x[0, 0], dtype=torch.float32), self.wavelengths)
-        elif is_traced(x) or type(x) is not torch.Tensor:  # kept features would be constants of one size, or fakes
-            features = fourier_features(torch.ones_like(x[0, 0], dtype=torch.float32), self.wavelengths)
+            wavelengths = torch.tensor(self.wavelengths, dtype=torch.float32, device=x.device)
+            features = fourier_features(torch.ones_like(x[0, 0], dtype=torch.float32), wavelengths)
         else:
-            features = _stored_features(x.shape[2], x.shape[3], tuple(self.wavelengths), x.device)
+            features = self.features(x)
         return F.linear(features.to(weight.dtype), weight.flatten(1), bias)
+
+    @torch.jit.ignore
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        # under a tracer, kept features would be constants of one size, or fakes that outlive it
+        if is_traced(x) or type(x) is not torch.Tensor:
+            wavelengths = x.new_tensor(self.wavelengths, dtype=torch.float32)
+            return fourier_features(torch.ones_like(x[0, 0], dtype=torch.float32), wavelengths)
+        return _stored_features(x.shape[2], x.shape[3], tuple(self.wavelengths), x.device)
 
 
 class Mlp(nn.Module):
@@ -145,6 +153,19 @@ class PiecewiseMlp(nn.Module):
         return out.view(x.shape)
 
 
+class ChannelAffine(nn.Module):
+    """weight * x + bias per channel: what is left of a BatchNorm that no convolution can take in. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        scale, shift = batch_norm_affine(norm)
+        self.weight = nn.Parameter(scale.to(norm.weight.dtype)[:, None, None], requires_grad=norm.weight.requires_grad)
+        self.bias = nn.Parameter(shift.to(norm.bias.dtype)[:, None, None], requires_grad=norm.bias.requires_grad)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias, x, self.weight)
+
+
 class MlpBranch(nn.Module):
     """What both blocks end with: norm, MLP, layer scale `gamma`, stochastic depth."""
 
@@ -174,7 +195,8 @@ class MlpBranch(nn.Module):
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C, H, W), to be added to the block's input."""
-        x = self.mlp(self.norm(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        x = self.norm(x).permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = self.mlp(x)
         if self.gamma is not None:
             x = x * self.gamma
         return self.drop_path(x.permute(0, 3, 1, 2))
@@ -242,9 +264,13 @@ class SplitTransposeBlock(MlpBranch):
         width = -(-dim // max(num_scales, 1))
         rest = dim - width * (num_scales - 1)
         if num_scales < 2 or rest <= 0:
-            raise ValueError(f"expected two or more groups of channels, the last not empty, got {num_scales} of dim={dim}")
+            raise ValueError(
+                f"expected two or more groups of channels, the last not empty, got {num_scales} of dim={dim}"
+            )
         self.widths = [width] * (num_scales - 1) + [rest]
-        self.convs = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1, groups=width, **dd) for _ in range(num_scales - 1)])
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(width, width, 3, padding=1, groups=width, **dd) for _ in range(num_scales - 1)]
+        )
         self.pos_embd = PositionalEncodingFourier(dim, **dd) if use_pos_emb else None
         self.norm_first = not bn_hs
         self.norm_xca = _norm(dim, bn_hs, **dd)
@@ -283,10 +309,15 @@ class SplitTransposeBlock(MlpBranch):
         return self.drop_path(x.transpose(1, 2).reshape(B, C, H, W))
 
     def fuse(self) -> "SplitTransposeBlock":
-        """Folds the MLP's BatchNorm and both layer scales into the linear layers next to them."""
+        """Folds the MLP's BatchNorm and both layer scales into the linear layers next to them.
+
+        The other BatchNorm stays as an affine map: the chained convolutions before it are read by one another as well.
+        """
         if isinstance(self.norm, nn.BatchNorm2d):
             self.mlp.fc1 = fold_norm_before(self.norm, self.mlp.fc1)
             self.norm = nn.Identity()
+        if isinstance(self.norm_xca, nn.BatchNorm2d):
+            self.norm_xca = ChannelAffine(self.norm_xca)
         if self.gamma_xca is not None:
             self.xca.proj = fold_output_affine(self.xca.proj, self.gamma_xca)
             self.gamma_xca = None

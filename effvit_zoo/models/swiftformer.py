@@ -204,7 +204,7 @@ class DistillationHead(nn.Linear):
 
 
 class SwiftFormer(HierarchicalBackbone):
-    """SwiftFormer.
+    """SwiftFormer. Fused, it keeps the last BatchNorm, because `forward_features` is what comes out of it.
 
     Args:
         depths: Blocks per stage; the last of each is a `SwiftFormerEncoder`, the others are `ConvEncoder`.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cost import processor_name
 from ..viz.training import confusion_matrix, curves
 
 COLUMNS = (
@@ -77,13 +78,3 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "processor": processor_name(),
     }
-
-
-def processor_name() -> str:
-    """The CPU's model name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

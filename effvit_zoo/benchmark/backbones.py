@@ -1,0 +1,230 @@
+"""`effzoo benchmark backbones`: our backbones against timm's with the same weights, in one process, taking turns.
+
+Per model and batch: timm's eager and timm's `torch.compile` with frozen weights; ours fused in plain eager; ours after
+`optimize_for_inference`; and a training step (forward and backward) of both. Beside each time stands what share of the host's own matrix
+product rate it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import reparameterize_model
+from torch import nn
+
+from .. import cost
+from ..errors import UserError
+from ..inference import optimize_for_inference, time_in_turns
+from .host import gemm_gflops
+
+MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
+MEMORY_SIDE = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, metavar="NAME", help="timm's names (default: %(default)s)"
+    )
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="(default: 1 8)")
+    parser.add_argument("--train-batch", type=int, default=32, help="images per training step, 0 to leave it out")
+    parser.add_argument("--img-size", type=int, default=224, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls per form (default: %(default)s)")
+    parser.add_argument(
+        "--memory", action="store_true", help=f"peak memory of a forward pass at {MEMORY_SIDE} pixels too"
+    )
+    parser.add_argument("--output", type=Path, help="write the rows to FILE.csv or FILE.json")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    torch.set_num_threads(args.threads)
+    console = Console()
+    rate = gemm_gflops()
+    console.print(
+        f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"
+    )
+    rows = []
+    for name in args.models:
+        for batch in args.batch_sizes:
+            rows.append(inference_row(name, batch, args.img_size, args.repeats) | {"gemm_gflops": rate})
+            _print_inference(console, rows[-1])
+        if args.train_batch:
+            rows.append(training_row(name, args.train_batch, args.img_size, args.repeats) | {"gemm_gflops": rate})
+            console.print(f"  {name}: training step, batch {args.train_batch}: {rows[-1]['train_ratio']:.2f} x timm")
+        if args.memory:
+            rows.append(memory_row(name))
+            console.print(
+                f"  {name}: peak at {MEMORY_SIDE} pixels: ours {rows[-1]['ours_mb']:.0f} MB, timm {rows[-1]['timm_mb']:.0f} MB"
+            )
+    _print_table(console, rows)
+    if args.output:
+        write_rows(rows, args.output)
+
+
+def twins(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
+    """timm's model and ours with the same weights, BatchNorm statistics off their initial values, in eval mode."""
+    sized: dict[str, Any] = {"img_size": img_size} if name.startswith("swin") else {}
+    theirs = timm.create_model(name, **sized).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.8, 1.2, generator=generator)  # type: ignore[union-attr]
+    ours = timm.create_model(f"effzoo_{name}", **sized).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
+    """Times in ms: timm_eager, timm_compiled, fused (ours, eager), optimized (ours, best form); ratios are theirs over ours."""
+    theirs, ours = twins(name, img_size)
+    sample = torch.randn(batch, 3, img_size, img_size)
+    macs = batch * cost.count_macs(theirs, (3, img_size, img_size))
+    fused = reparameterize_model(ours)
+    optimized = optimize_for_inference(ours, sample, repeats=repeats)
+    with torch.inference_mode():
+        compiled = torch.compile(theirs, options={"freezing": True})
+        calls: dict[str, Callable[[], Any]] = {
+            "timm_eager": lambda: theirs(sample),
+            "timm_compiled": lambda: compiled(sample),
+            "fused": lambda: fused(sample),
+            "optimized": lambda: optimized(sample),
+        }
+        expected = theirs(sample)
+        error = float((optimized(sample) - expected).abs().max() / expected.abs().max())
+        times = time_in_turns(calls, repeats)
+    return {
+        "model": name,
+        "batch": batch,
+        **times,
+        "form": optimized.form,
+        "error": error,
+        "fused_ratio": times["timm_eager"] / times["fused"],
+        "optimized_ratio_eager": times["timm_eager"] / times["optimized"],
+        "optimized_ratio_best": min(times["timm_eager"], times["timm_compiled"]) / times["optimized"],
+        "gflop": 2 * macs / 1e9,
+    }
+
+
+def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of forward and backward, timm's and ours, and their ratio."""
+    theirs, ours = twins(name, img_size)
+    image, target = torch.randn(batch, 3, img_size, img_size), torch.randint(1000, (batch,))
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        model.train()
+
+        def call() -> None:
+            model.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(image), target).backward()
+
+        return call
+
+    times = time_in_turns({"timm": step(theirs), "ours": step(ours)}, repeats, burst=1, warmup=1)
+    return {
+        "model": name,
+        "batch": batch,
+        "timm_train": times["timm"],
+        "ours_train": times["ours"],
+        "train_ratio": times["timm"] / times["ours"],
+    }
+
+
+_MEMORY_PROBE = """
+import resource, sys, timm, torch, effvit_zoo
+torch.set_num_threads(1)
+model = timm.create_model(sys.argv[1], **({"img_size": int(sys.argv[2])} if "swin" in sys.argv[1] else {})).eval()
+image = torch.randn(1, 3, int(sys.argv[2]), int(sys.argv[2]))
+with torch.inference_mode():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model(image)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def memory_row(name: str) -> dict[str, Any]:
+    """Growth of the peak resident memory in a first forward pass of one image, in MB, each model in a process of its own."""
+
+    def probe(model: str) -> float:
+        command = [sys.executable, "-c", _MEMORY_PROBE, model, str(MEMORY_SIDE)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    return {"model": name, "batch": 1, "timm_mb": probe(name), "ours_mb": probe(f"effzoo_{name}")}
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows with differing keys as CSV or JSON, by the name's ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _print_inference(console: Console, row: dict[str, Any]) -> None:
+    console.print(
+        f"  {row['model']}, batch {row['batch']}: timm eager {row['timm_eager']:.1f} ms, compiled {row['timm_compiled']:.1f}; "
+        f"ours fused {row['fused']:.1f}, optimized {row['optimized']:.1f} ({row['form']}), error {row['error']:.1e}",
+        highlight=False,
+    )
+
+
+def _print_table(console: Console, rows: list[dict[str, Any]]) -> None:
+    measured = [row for row in rows if "fused_ratio" in row]
+    table = Table(title="ms (share of the matrix product rate); x: timm's time over ours")
+    columns = (
+        "model",
+        "batch",
+        "timm eager",
+        "timm compiled",
+        "fused",
+        "x eager",
+        "optimized",
+        "x eager",
+        "x best of timm",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in measured:
+
+        def cell(key: str, row: dict[str, Any] = row) -> str:
+            return f"{row[key]:.1f} ({100 * row['gflop'] / row[key] * 1e3 / row['gemm_gflops']:.0f} %)"
+
+        table.add_row(
+            row["model"],
+            str(row["batch"]),
+            cell("timm_eager"),
+            cell("timm_compiled"),
+            cell("fused"),
+            f"{row['fused_ratio']:.2f}",
+            f"{cell('optimized')} {row['form']}",
+            f"{row['optimized_ratio_eager']:.2f}",
+            f"{row['optimized_ratio_best']:.2f}",
+        )
+    if measured:
+        keys = ("fused_ratio", "optimized_ratio_eager", "optimized_ratio_best")
+        means = [f"{geometric_mean([row[key] for row in measured]):.2f}" for key in keys]
+        table.add_section()
+        table.add_row("geometric mean", "", "", "", "", means[0], "", means[1], means[2])
+    console.print(table)

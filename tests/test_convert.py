@@ -1,0 +1,274 @@
+"""`effzoo convert`: official files become folders with the official answers; no bad file runs code, costs data or passes."""
+
+import argparse
+import contextlib
+import os
+import pickle
+import random
+import sys
+
+import pytest
+import timm
+import torch
+from reference import Golden, images, relative_error
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from effvit_zoo import hub
+from effvit_zoo.cli import main
+from effvit_zoo.convert import convert
+from effvit_zoo.errors import UserError
+
+NAME = "effzoo_swiftformer_xs"
+PICO = "effzoo_vit_pico"
+
+
+def command(file, output, model=NAME):
+    return main(["convert", str(file), "--model", model, "--output", str(output)])
+
+
+def small_state_dict(name=PICO, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).state_dict()
+
+
+class Payload:
+    """Unpickled with trust, it leaves a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+# what is good
+
+
+@pytest.mark.parametrize("nesting", ["model", "state_dict", "model_ema", "ema", None])
+@torch.no_grad()
+def test_official_answers(nesting, tmp_path, capsys):
+    golden = Golden("swiftformer_s")
+    weights = {f"module.{key}": tensor for key, tensor in golden.state_dict().items()}
+    if nesting is None:
+        file = tmp_path / "official.safetensors"
+        save_file(weights, file)
+    else:
+        file = tmp_path / "official.pth"
+        others = {"model": {}} if "ema" in (nesting or "") else {}
+        torch.save({**others, nesting: weights, "epoch": 299, "args": argparse.Namespace(lr=1e-3)}, file)
+    assert command(file, tmp_path / "out", "effzoo_swiftformer_s.dist_in1k") == 0
+    assert "1000 classes" in capsys.readouterr().out
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert relative_error(model(images(224, 224)), golden.arrays["logits"]) < 1e-5
+    assert model.pretrained_cfg["crop_pct"] == 0.95
+    assert hub.read_config(tmp_path / "out")["effvit_zoo"] == {"converted_from": file.name}
+
+
+def test_classes_are_those_of_the_checkpoint(tmp_path):
+    golden = Golden("conv2former_n")
+    weights = golden.state_dict()
+    weights["pred.weight"], weights["pred.bias"] = torch.randn(11, 1280), torch.randn(11)
+    torch.save(weights, tmp_path / "official.bin")
+    folder = convert(tmp_path / "official.bin", "effzoo_conv2former_n", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.num_classes == 11
+    assert torch.equal(model.head.fc.weight, weights["pred.weight"])
+    assert torch.equal(model.stem[0].weight, weights["downsample_layers.0.0.weight"])
+
+
+def test_averaged_weights_and_other_types(tmp_path):
+    raw, averaged = small_state_dict(), {key: tensor.half() for key, tensor in small_state_dict().items()}
+    averaged["norm.weight"] = torch.full_like(averaged["norm.weight"], 2.0)
+    torch.save({"state_dict": raw, "state_dict_ema": averaged}, tmp_path / "last.pth.tar")
+    model = hub.load(convert(tmp_path / "last.pth.tar", PICO, tmp_path / "out"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.norm.weight, torch.full_like(model.norm.weight, 2.0))
+
+
+def test_tensors_that_share_memory(tmp_path):
+    weights = small_state_dict()
+    pool = torch.cat([tensor.flatten() for tensor in weights.values()])
+    offset = 0
+    for key, tensor in weights.items():
+        weights[key] = pool[offset : offset + tensor.numel()].view(tensor.shape)
+        offset += tensor.numel()
+    torch.save(weights, tmp_path / "shared.pth")
+    model = hub.load(convert(tmp_path / "shared.pth", PICO, tmp_path / "out"))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
+
+
+# what is bad: (what is written instead of a checkpoint, words of the complaint)
+
+
+def _missing(weights):
+    del weights["norm.weight"], weights["norm.bias"]
+    return weights
+
+
+def _misshapen(weights):
+    return {**weights, "norm.weight": torch.ones(3)}
+
+
+def _integers(weights):
+    return {**weights, "norm.weight": weights["norm.weight"].long()}
+
+
+BAD_WEIGHTS = {
+    "missing": (_missing, "missing norm.weight and 1 more"),
+    "unexpected": (lambda w: {**w, "extra.bias": torch.ones(1)}, "unexpected extra.bias"),
+    "misshapen": (_misshapen, r"norm.weight \(is \(3,\), expected \(\d+,\)\)"),
+    "integers": (_integers, r"norm.weight \(is torch.int64\)"),
+    "headless": (lambda w: {k: v for k, v in w.items() if not k.startswith("head.")}, "missing head.weight"),
+    "other size": (lambda w: small_state_dict(img_size=48), "pos_embed is of another image or window size"),
+    "other model": (lambda w: small_state_dict("effzoo_conv2former_n"), "does not hold the weights of effzoo_vit_pico"),
+    "empty dict": (lambda w: {}, "holds no weights but an empty dict"),
+    "list": (lambda w: list(w.values()), "holds no weights but a list"),
+    "no tensors": (lambda w: {"model": {"epoch": 3}}, "epoch is a int, expected a tensor"),
+    "number as key": (lambda w: {**w, 3: torch.ones(1)}, "3 is a Tensor"),
+    "meta": (lambda w: {k: v.to("meta") for k, v in w.items()}, "without data"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_weights_that_do_not_fit(change, words, tmp_path):
+    torch.save(change(small_state_dict()), tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=words):
+        convert(tmp_path / "bad.pth", PICO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _saved(tmp_path, legacy=False):
+    torch.save(small_state_dict(), tmp_path / "good.pth", _use_new_zipfile_serialization=not legacy)
+    return (tmp_path / "good.pth").read_bytes()
+
+
+def _safetensors(tmp_path):
+    save_file(small_state_dict(), tmp_path / "good.safetensors")
+    return (tmp_path / "good.safetensors").read_bytes()
+
+
+def _mark(tmp_path):
+    return tmp_path / "the payload was here"
+
+
+def _with_payload(tmp_path, **how):
+    torch.save({"model": small_state_dict(), "x": Payload(_mark(tmp_path))}, tmp_path / "evil", **how)
+    return (tmp_path / "evil").read_bytes()
+
+
+BAD_FILES = {
+    "empty.pth": (lambda t: b"", "is empty"),
+    "text.pth": (lambda t: b"<html>404: not found</html>", "damaged, incomplete or no checkpoint"),
+    "truncated.pth": (lambda t: _saved(t)[:-1000], "damaged, incomplete or no checkpoint"),
+    "truncated_legacy.pt": (lambda t: _saved(t, legacy=True)[:-1000], "damaged, incomplete or no checkpoint"),
+    "truncated_early.pt": (lambda t: _saved(t, legacy=True)[:100], "damaged, incomplete or no checkpoint"),
+    "empty.safetensors": (lambda t: b"", "is empty"),
+    "truncated.safetensors": (lambda t: _safetensors(t)[:-1000], "damaged, incomplete or no checkpoint"),
+    "truncated_header.safetensors": (lambda t: _safetensors(t)[:100], "damaged, incomplete or no checkpoint"),
+    "pickle.safetensors": (_saved, "damaged, incomplete or no checkpoint"),
+    "safetensors.bin": (_safetensors, "damaged, incomplete or no checkpoint"),
+    "payload.pth": (_with_payload, "asks for posix.mkdir; nothing was run"),
+    "payload_legacy.pth": (
+        lambda t: _with_payload(t, _use_new_zipfile_serialization=False),
+        "asks for posix.mkdir; nothing was run",
+    ),
+    "payload.bin": (lambda t: pickle.dumps(Payload(_mark(t)), protocol=2), "asks for posix.mkdir; nothing was run"),
+    "payload_4.bin": (lambda t: pickle.dumps({"model": Payload(_mark(t))}, protocol=4), "damaged, incomplete or no"),
+    "weights.txt": (lambda t: b"1 2 3", "unknown kind of checkpoint '.txt'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_unreadable_files(name, tmp_path, capsys):
+    content, words = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content(tmp_path))
+    assert command(tmp_path / name, tmp_path / "out", PICO) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    assert words.replace("posix", os.name) in line
+    assert not (tmp_path / "out").exists()
+    assert not _mark(tmp_path).exists()
+
+    # the way around this command: nothing is run there either
+    with pytest.raises((RuntimeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)):
+        timm.create_model(PICO, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / name)})
+    assert not _mark(tmp_path).exists()
+
+
+def test_the_payload_would_have_worked(tmp_path):
+    pickle.loads(pickle.dumps(Payload(_mark(tmp_path))))
+    assert _mark(tmp_path).exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damage_anywhere_is_reported_or_harmless(tmp_path):
+    """Single bytes of the pickle changed: whatever comes out of the parser, the command ends with its own error or with a folder."""
+    torch.save(small_state_dict(), tmp_path / "good.pth", _use_new_zipfile_serialization=False)
+    good = (tmp_path / "good.pth").read_bytes()
+    draw = random.Random(0)
+    for _ in range(60):
+        bad = bytearray(good)
+        bad[draw.randrange(4000)] = draw.randrange(256)
+        (tmp_path / "bad.pth").write_bytes(bad)
+        with contextlib.suppress(UserError):
+            convert(tmp_path / "bad.pth", PICO, tmp_path / "out")
+
+
+def test_files_that_are_not_there(tmp_path, capsys):
+    assert command(tmp_path / "none.pth", tmp_path / "out") == 2
+    assert "none.pth is not there" in capsys.readouterr().err
+    (tmp_path / "folder.pth").mkdir()
+    assert command(tmp_path / "folder.pth", tmp_path / "out") == 2
+    assert "is not a file" in capsys.readouterr().err
+
+
+def test_names_that_are_no_models(tmp_path, capsys):
+    torch.save(small_state_dict(), tmp_path / "good.pth")
+    assert command(tmp_path / "good.pth", tmp_path / "out", "effzoo_swiftformer_xxs") == 2
+    assert "did you mean 'effzoo_swiftformer_xs'?" in capsys.readouterr().err
+    hub.save(timm.create_model(PICO), tmp_path / "folder")
+    assert command(tmp_path / "good.pth", tmp_path / "out", f"local-dir:{tmp_path / 'folder'}") == 2
+    assert "expected the name of a model" in capsys.readouterr().err
+
+
+def test_outputs_that_hold_something_else(tmp_path, capsys):
+    torch.save(small_state_dict(), tmp_path / "good.pth")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    assert command(tmp_path / "good.pth", tmp_path / "thesis", PICO) == 2
+    assert "is not a model folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    assert command(tmp_path / "good.pth", tmp_path / "good.pth", PICO) == 2
+    assert command(tmp_path / "good.pth", tmp_path, PICO) == 2
+    assert (tmp_path / "good.pth").exists()
+
+
+def test_an_old_folder_survives_a_bad_checkpoint(tmp_path):
+    torch.save(small_state_dict(), tmp_path / "good.pth")
+    folder = convert(tmp_path / "good.pth", PICO, tmp_path / "out")
+    (folder / "README.md").write_text("card")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "bad.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:-1000])
+    with pytest.raises(UserError):
+        convert(tmp_path / "bad.pth", PICO, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    convert(tmp_path / "good.pth", PICO, folder)
+    assert (folder / "README.md").read_text() == "card"
+
+    # a checkpoint inside the folder that would be replaced
+    weights = folder / "model.safetensors"
+    with pytest.raises(UserError, match="lies in the output folder itself"):
+        convert(weights, PICO, folder)
+    assert weights.read_bytes() == before["model.safetensors"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.geteuid() == 0, reason="root may read everything")
+def test_files_that_may_not_be_read(tmp_path, capsys):
+    torch.save(small_state_dict(), tmp_path / "secret.pth")
+    (tmp_path / "secret.pth").chmod(0)
+    assert command(tmp_path / "secret.pth", tmp_path / "out", PICO) == 2
+    assert "Permission denied" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""optimize_for_inference: only exact forms compete, the fastest wins, and nothing of the host's settings is left changed."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import effvit_zoo
+from effvit_zoo import inference
+from effvit_zoo.errors import UserError
+from effvit_zoo.inference import optimize_for_inference
+
+EAGER = ["eager", "channels_last", "packed"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("effzoo_swiftformer_xs", num_classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def check(model, sample, forms):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimized = optimize_for_inference(model, sample, forms=forms, repeats=2)
+    assert set(optimized.milliseconds) == set(forms), optimized.rejected
+    assert optimized.form == min(optimized.milliseconds, key=optimized.milliseconds.get)
+    assert max(optimized.errors.values()) <= 1e-5
+    with torch.no_grad():
+        for x in (sample, torch.randn(1, 3, 96, 64)):
+            torch.testing.assert_close(optimized(x).clone(), model(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_eager_forms_are_exact(model, sample):
+    check(model, sample, EAGER)
+
+
+@pytest.mark.slow
+def test_compiled_forms_are_exact(model, sample):
+    check(model, sample, list(inference.FORMS))
+
+
+def test_an_inexact_form_is_thrown_out(model, sample, monkeypatch):
+    def wrong(model, sample):
+        return lambda x: model(x) * 1.001
+
+    def broken(model, sample):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(inference, "FORMS", {"eager": inference.FORMS["eager"], "wrong": wrong, "broken": broken})
+    optimized = optimize_for_inference(model, sample, repeats=2)
+    assert optimized.form == "eager"
+    assert "differs by 1.0e-03" in optimized.rejected["wrong"]
+    assert optimized.rejected["broken"] == "no compiler here"
+    monkeypatch.setattr(inference, "FORMS", {"wrong": wrong})
+    with pytest.raises(UserError, match="no form of the model can be used"):
+        optimize_for_inference(model, sample, repeats=2)
+
+
+def test_packing_takes_every_layer(sample):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(2), nn.Linear(1024, 5, bias=False)
+    )
+    expected = net(sample)
+    with torch.inference_mode():
+        inference.pack(net, sample)
+        assert [type(layer).__name__ for layer in net] == ["PackedConv2d", "PackedConv2d", "Flatten", "PackedLinear"]
+        torch.testing.assert_close(net(sample), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_switch_for_onednn_is_put_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), inference.onednn_matmul():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        _ = 1 / 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_bad_arguments(model, sample):
+    with pytest.raises(UserError, match="unknown form 'packd': did you mean 'packed'"):
+        optimize_for_inference(model, sample, forms=["packd"])
+    with pytest.raises(UserError, match="expected a float32 sample on the CPU, got torch.bfloat16"):
+        optimize_for_inference(model, sample.bfloat16())
+
+
+def test_it_is_at_the_front_door():
+    assert effvit_zoo.optimize_for_inference is optimize_for_inference
