@@ -9,9 +9,10 @@ from torch import nn
 
 from . import models as models
 from .inference import optimize_for_inference as optimize_for_inference
+from .models import swap_attention as swap_attention
 from .version import __version__ as __version__
 
-__all__ = ["__version__", "create_model", "list_models", "optimize_for_inference"]
+__all__ = ["__version__", "create_model", "list_models", "optimize_for_inference", "swap_attention"]
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

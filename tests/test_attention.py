@@ -265,6 +265,7 @@ def test_inference_works_in_pieces(name):
 def test_mixers_refuse_masks_and_stay_traceable_in_a_model(name):
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
     model = VisionTransformer(**shape, attn_layer=TOKEN_MIXERS[name]).eval()
+    place(model.blocks[0].attn, (4, 4))
     x = torch.randn(2, 3, 16, 16)
     traced = torch.fx.symbolic_trace(model)
     assert torch.equal(traced(x), model(x))
@@ -276,11 +277,14 @@ def test_mixers_refuse_masks_and_stay_traceable_in_a_model(name):
 
 
 def placed(name):
-    if name != "2d":
-        classes = {**TOKEN_MIXERS, "sima_class": attention.SimaClassAttention}
-        return classes[name](48, num_heads=3, qkv_bias=True)
-    mixer = attention.Cosformer2dAttention(48, num_heads=3, qkv_bias=True)
-    mixer.grid_size, mixer.num_prefix_tokens = (4, 5), 1
+    classes = {**TOKEN_MIXERS, "sima_class": attention.SimaClassAttention}
+    return place(classes[name](48, num_heads=3, qkv_bias=True), (4, 5))
+
+
+def place(mixer, grid_size, prefix=1):
+    """What a model tells a mixer that looks at the grid."""
+    if hasattr(mixer, "grid_size"):
+        mixer.grid_size, mixer.num_prefix_tokens = grid_size, prefix
     return mixer
 
 
@@ -295,7 +299,7 @@ class OneInput(torch.nn.Module):
         return self.mixer(x)
 
 
-MIXERS = [*TOKEN_MIXERS, "sima_class", "2d"]
+MIXERS = [*TOKEN_MIXERS, "sima_class"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

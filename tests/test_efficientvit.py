@@ -16,7 +16,7 @@ from effvit_zoo.attention.multiscale_linear import GroupedPointwise, MultiScaleL
 from effvit_zoo.models.efficientvit import EfficientViT, checkpoint_filter_fn
 
 
-def quadratic(q, k, v, eps=1e-15):
+def quadratic(q, k, v, eps=1e-5):
     """The definition: relu(q)^T relu(k) for every pair of positions, rows divided by their sums. (M, D, N) -> (M, D, N)."""
     scores = q.relu().transpose(1, 2) @ k.relu()  # (M, Nq, Nk)
     return (scores @ v.transpose(1, 2) / (scores.sum(-1, keepdim=True) + eps)).transpose(1, 2)
@@ -151,9 +151,26 @@ def test_eps_is_the_official_one(variant, norm_eps):
     model = timm.create_model(f"effzoo_efficientvit_{variant}", device="meta")
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
     assert {norm.eps for norm in norms} == {norm_eps}
+    model = timm.create_model(f"effzoo_efficientvit_{variant}", device="meta", attn_eps=1e-15)
     assert {m.eps for m in model.modules() if isinstance(m, MultiScaleLinearAttention)} == {1e-15}
-    model = timm.create_model(f"effzoo_efficientvit_{variant}", device="meta", attn_eps=1e-5)
-    assert {m.eps for m in model.modules() if isinstance(m, MultiScaleLinearAttention)} == {1e-5}
+
+
+@pytest.mark.parametrize("variant", ["efficientvit_b0", "efficientvit_b2"])
+@torch.no_grad()
+def test_nothing_but_eps_differs_from_the_official_code(variant, tmp_path):
+    golden = Golden(variant)
+    model = official(variant, tmp_path, attn_eps=1e-15).double()
+    assert relative_error(model(images(224, 224).double()), golden.arrays["logits"]) < 1e-12
+
+
+@torch.no_grad()
+def test_same_as_timm_before_any_training():
+    """Initial weights make tiny normalisers, where another eps would show in the fourth digit."""
+    theirs = timm.create_model("efficientvit_b1").eval()
+    ours = timm.create_model("effzoo_efficientvit_b1").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = images(128, 128)
+    assert relative_error(ours(x), theirs(x)) < 1e-5
 
 
 def small(series="b", **kwargs):
@@ -225,7 +242,7 @@ def test_tags():
     ours = {
         name: timm.get_pretrained_cfg(name) for name in effvit_zoo.list_models("effzoo_efficientvit_*", pretrained=True)
     }
-    theirs = [n for n in timm.list_models("efficientvit_[bl][0-3].*", pretrained=True)]
+    theirs = timm.list_models("efficientvit_[bl][0-3].*", pretrained=True)
     for name in theirs:
         mine, cfg = dataclasses.asdict(ours.pop(f"effzoo_{name}")), dataclasses.asdict(timm.get_pretrained_cfg(name))
         assert mine["hf_hub_id"] == f"timm/{name}"

@@ -217,10 +217,11 @@ def test_bad_input_is_one_line(photos, config, tmp_path, capsys, settings, more,
 
 
 def start(*arguments, launch=()):
-    """train.py in a process of its own, in the repository."""
-    command = [*launch, str(ROOT / "train.py")] if launch else [sys.executable, str(ROOT / "train.py")]
+    """train.py in a process of its own, in the repository, with one thread so that two may run side by side."""
+    command = [*(launch or [sys.executable]), str(ROOT / "train.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

@@ -2,19 +2,28 @@
 
 from typing import Dict, Type
 
-from ._mixer import TokenMixer
+from ._mixer import GridMixer, TokenMixer
+from .additive import EfficientAdditiveMixer
+from .conv_modulation import ConvModulationMixer
 from .cosformer import Cosformer2dAttention, CosformerAttention, cosformer_attention, cosformer_attention_2d
+from .cross_covariance import CrossCovarianceMixer
 from .elu_linear import EluLinearAttention, elu_linear_attention
 from .hydra import HydraAttention, hydra_attention
+from .multiscale_linear import MultiScaleLinearMixer
 from .sima import SimaAttention, SimaClassAttention, sima_attention, sima_class_attention
 from .softmax import SoftmaxAttention, softmax_attention
 
 __all__ = [
     "TOKEN_MIXERS",
+    "ConvModulationMixer",
     "Cosformer2dAttention",
     "CosformerAttention",
+    "CrossCovarianceMixer",
+    "EfficientAdditiveMixer",
     "EluLinearAttention",
+    "GridMixer",
     "HydraAttention",
+    "MultiScaleLinearMixer",
     "SimaAttention",
     "SimaClassAttention",
     "SoftmaxAttention",
@@ -32,6 +41,11 @@ TOKEN_MIXERS: Dict[str, Type[TokenMixer]] = {
     "softmax": SoftmaxAttention,
     "elu": EluLinearAttention,
     "cosformer": CosformerAttention,
+    "cosformer_2d": Cosformer2dAttention,
     "hydra": HydraAttention,
     "sima": SimaAttention,
+    "xca": CrossCovarianceMixer,
+    "additive": EfficientAdditiveMixer,
+    "multiscale_linear": MultiScaleLinearMixer,
+    "conv_mod": ConvModulationMixer,
 }

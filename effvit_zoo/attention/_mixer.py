@@ -27,8 +27,8 @@ def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bo
 class TokenMixer(nn.Module):
     """Projections, heads and dropout around `mix`; (B, N, C) -> (B, N, C).
 
-    Subclasses override `mix`. One that can honour a mask, causality or dropout of attention weights overrides `forward` too, from
-    `project_qkv` and `project_out`, and sets `supports_attn_drop` where it applies.
+    Subclasses override `mix`, or `mix_tokens` if they use the projections in another way. One that can honour a mask or causality overrides
+    `forward` too, from `project_qkv` and `project_out`; one that has attention weights to drop sets `supports_attn_drop`.
 
     Args:
         dim: Channels C of the tokens.
@@ -46,6 +46,8 @@ class TokenMixer(nn.Module):
     """
 
     supports_attn_drop: ClassVar[bool] = False
+    output_projections: ClassVar[Tuple[str, ...]] = ("proj",)
+    """The Linear layers whose sum is the output, into which a factor of the output can be folded."""
 
     def __init__(
         self,
@@ -103,9 +105,48 @@ class TokenMixer(nn.Module):
         x = x.transpose(1, 2).reshape(B, N, H * D)  # (B, N, C)
         return self.proj_drop(self.proj(self.norm(x)))
 
+    def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Projections and mechanism, (B, N, C) -> (B, N, C)."""
+        q, k, v = self.project_qkv(x)
+        return self.project_out(self.mix(q, k, v))
+
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
         refuse_mask(self.mechanism, attn_mask, is_causal)
-        q, k, v = self.project_qkv(x)
-        return self.project_out(self.mix(q, k, v))
+        return self.mix_tokens(x)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_grid(mechanism: str, x: torch.Tensor, num_prefix_tokens: int, grid_size: Tuple[int, int]) -> None:
+    """Raises ValueError unless tokens (B, N, C) are `num_prefix_tokens` and a grid of (rows, columns). Reads no batch size."""
+    rows, columns = grid_size
+    if rows < 1 or columns < 1 or x.shape[1] != num_prefix_tokens + rows * columns:
+        raise ValueError(
+            f"{mechanism} expected {num_prefix_tokens} prefix tokens and a grid of {rows} x {columns}, got {x.shape[1]} tokens"
+        )
+
+
+class GridMixer(TokenMixer):
+    """A mixer that looks at the neighbourhood of a patch, (B, N, C) -> (B, N, C).
+
+    Attributes:
+        grid_size: (rows, columns) of patches in row-major order; the model sets it after construction, and again when the image size
+            changes.
+        num_prefix_tokens: Tokens at the front that are not on the grid; the model sets it.
+    """
+
+    __constants__: ClassVar = [
+        "grid_size",
+        "num_prefix_tokens",
+    ]  # TorchScript sees class attributes only if they are named
+    grid_size: Tuple[int, int] = (0, 0)
+    num_prefix_tokens: int = 0
+
+    def forward(
+        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        refuse_mask(self.mechanism, attn_mask, is_causal)
+        check_grid(self.mechanism, x, self.num_prefix_tokens, self.grid_size)
+        return self.mix_tokens(x)

@@ -7,14 +7,21 @@ Deliberate differences, none in value: the factor D ** -0.5 in front of the toke
 normalisation; x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for; the pooling is a product of
 matrices; half-precision inputs are normalised in float32, where their squares do not overflow.
 
+As a token mixer of a plain ViT the four projections are those of the paper under the ViT's names: queries and keys are two thirds of
+`qkv`; its last third, which has no values to make, projects the gated keys (official `Proj`), and `proj` is the last one (`final`). A
+class token is one more token, and heads are joined.
+
 Layout: tokens (B, N, C) throughout; B batch, N tokens, C channels; one head.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
+
+from ._mixer import TokenMixer
 
 
 @torch.fx.wrap
@@ -72,3 +79,30 @@ class EfficientAdditiveAttention(nn.Module):
         context, q = efficient_additive_attention(self.to_query(x), self.to_key(x), self.w_g)
         x = self.final(self.proj(context) + q)
         return x.transpose(1, 2).reshape(B, C, H, W)
+
+
+class EfficientAdditiveMixer(TokenMixer):
+    """Efficient additive attention as a token mixer, (B, N, C) -> (B, N, C). Adds the direction `w_g`, (C, 1).
+
+    `num_heads` only says over what `qk_norm` normalises.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, device=None, dtype=None, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.w_g = nn.Parameter(torch.empty(dim, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Standard normal `w_g`; the linear layers have their own."""
+        nn.init.normal_(self.w_g)
+
+    def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, C = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        qk = F.linear(x, weight[: 2 * C], None if bias is None else bias[: 2 * C])
+        qk = qk.reshape(B, N, 2, self.num_heads, self.head_dim)
+        q = self.q_norm(qk[:, :, 0]).reshape(B, N, C)  # (B, N, H, D) -> (B, N, C)
+        k = self.k_norm(qk[:, :, 1]).reshape(B, N, C)
+        context, q = efficient_additive_attention(q, k, self.w_g)
+        x = F.linear(context, weight[2 * C :], None if bias is None else bias[2 * C :]) + q
+        return self.proj_drop(self.proj(self.norm(x)))

@@ -9,12 +9,21 @@ Every value is weighted, channel by channel, by what its k x k neighbourhood say
 cost is linear in the number of pixels. As in the official code the normalisation before it belongs to the module. There is no function
 beside the module because the formula without its four convolutions is one product.
 
-Layout: feature maps (B, C, H, W) throughout; any height and width, also below the kernel's.
+As a token mixer of a plain ViT, W and v are the first and the last third of `qkv`; the keys between them are not computed, and kept only so
+that weights fit. Prefix tokens (class, registers) have no neighbourhood: theirs is the whole image, so each is weighted by the mean of a
+over the patches, which do not see them in turn.
+
+Layout: feature maps (B, C, H, W), any height and width, also below the kernel's; the mixer has tokens, (B, N, C).
 """
 
+from typing import Any, ClassVar
+
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import nn
+
+from ._mixer import GridMixer
 
 
 class ConvModulation(nn.Module):
@@ -45,3 +54,33 @@ class ConvModulation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x)
         return self.proj(self.att(x) * self.v(x))
+
+
+class ConvModulationMixer(GridMixer):
+    """Convolutional modulation as a token mixer, (B, N, C) -> (B, N, C). Adds the depthwise convolution `conv`, 11 x 11; no heads.
+
+    Raises:
+        ValueError: On `qk_norm`, as there is no product of queries and keys; in `forward` if the tokens are not the grid's.
+    """
+
+    kernel_size: ClassVar[int] = 11
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, qk_norm: bool = False, device=None, dtype=None, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        if qk_norm:
+            raise ValueError(f"{self.mechanism} compares no queries with keys, got qk_norm=True, expected False")
+        k = self.kernel_size
+        self.conv = nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, device=device, dtype=dtype)
+
+    def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        B, _, C = x.shape
+        P, (height, width) = self.num_prefix_tokens, self.grid_size
+        weight, bias = self.qkv.weight, self.qkv.bias
+        a = F.gelu(F.linear(x[:, P:], weight[:C], None if bias is None else bias[:C]))
+        a = self.conv(a.transpose(1, 2).reshape(B, C, height, width)).flatten(2).transpose(1, 2)  # (B, N - P, C)
+        if P > 0:
+            a = torch.cat([a.mean(1, keepdim=True).expand(-1, P, -1), a], dim=1)
+        v = F.linear(x, weight[2 * C :], None if bias is None else bias[2 * C :])
+        return self.proj_drop(self.proj(self.norm(a * v)))

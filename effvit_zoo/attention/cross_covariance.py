@@ -6,17 +6,22 @@ Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f, models/sdta_enc
 Deliberate differences: x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for (equal but for vectors
 shorter than 1e-11); half-precision queries and keys are normalised in float32, where sums of squares over many tokens do not overflow.
 
-Layout: the function takes channels by tokens, (B, H, D, N); the module tokens by channels, (B, N, C). B batch, N tokens, H heads,
+As a token mixer of a plain ViT a class token is one more token: it enters the comparison of the channels and receives the same mixture
+of them. (XCiT itself adds the class token behind these layers.)
+
+Layout: the function takes channels by tokens, (B, H, D, N); the modules tokens by channels, (B, N, C). B batch, N tokens, H heads,
 D channels per head, C = H * D.
 """
 
+from typing import Any
+
 import torch
-import torch.fx
 import torch.nn.functional as F
-from timm.models import register_notrace_function
+from timm.layers import register_notrace_function
 from torch import nn
 
 from ._linear import widen
+from ._mixer import TokenMixer
 
 
 @torch.fx.wrap
@@ -100,3 +105,23 @@ class CrossCovarianceAttention(nn.Module):
         x = cross_covariance_attention(q, k, v, self.temperature, self.attn_drop if self.training else 0.0)
         x = x.reshape(B, C, N).transpose(1, 2)  # (B, N, C)
         return self.proj_drop(self.proj(x))
+
+
+class CrossCovarianceMixer(TokenMixer):
+    """Cross-covariance attention as a token mixer, (B, N, C) -> (B, N, C). Adds a learned `temperature` per head, 1 at first."""
+
+    supports_attn_drop = True
+
+    def __init__(self, dim: int, num_heads: int = 8, device=None, dtype=None, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        self.temperature = nn.Parameter(torch.empty(num_heads, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Temperature 1; the linear layers have their own."""
+        nn.init.ones_(self.temperature)
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = q.transpose(-2, -1), k.transpose(-2, -1), v.transpose(-2, -1)  # (B, H, D, N)
+        drop = self.attn_drop.p if self.training else 0.0
+        return cross_covariance_attention(q, k, v, self.temperature, drop).transpose(-2, -1)  # (B, H, N, D)

@@ -6,19 +6,25 @@ Official code: https://github.com/mit-han-lab/efficientvit @ de7d7733cc (Apache-
 q, k and v of a coarser scale are those of the pixels around, aggregated by a depthwise convolution and mixed within each head's q, k or
 v; their heads stand beside the others. Per head, out = v k^T q / (sum(k) . q + eps) with relu(q) and relu(k): linear in the positions.
 
-Deliberate differences, none in value:
+Deliberate differences:
+  - eps is 1e-5 as in timm, officially 1e-15: that has no float16 value, so a runtime which computes in float16 gets 0 / 0 wherever a query
+    has no positive channel, and gradients through float16 overflow. Official logits move by at most 6e-6;
+  - the attention is computed in float32 whatever the input, also under autocast: sums over thousands of positions leave float16's range;
   - channels come first, as in the feature map, so nothing is transposed;
   - the mixing is a batched product instead of a convolution with hundreds of groups, which runs one group at a time on a CPU;
-  - small maps take the same path as large ones (the official code multiplies (k^T q) first when there are fewer pixels than channels);
-  - the attention is computed in float32 whatever the input, also under autocast: eps is 1e-15 as officially, which float16 does not have
-    (0 / 0 where a query is all negative), and sums over thousands of positions leave its range. A runtime that computes all in float16
-    needs a larger one; timm has 1e-5, which moves the logits by a few 1e-6.
+  - small maps take the same path as large ones (the official code multiplies k^T q first when there are no more pixels than channels).
+All but the first leave every value as it is.
 
-Layout: module (B, C, H, W) -> (B, C, H, W); function (M, D, N) -> (M, D, N): M heads of all images, D channels each, N = H * W.
+As a token mixer of a plain ViT: `proj` maps the pixel's scale and `proj_coarse` the others, which is one projection of both in two parts;
+biases are the ViT's, and there is no BatchNorm behind it, as the ViT has LayerNorm in front. Prefix tokens (class, registers) attend and
+are attended to at every scale; they have no neighbourhood, so at the coarser ones q, k and v remain their own.
+
+Layout: module (B, C, H, W) -> (B, C, H, W), mixer (B, N, C) -> (B, N, C); function (M, D, N) -> (M, D, N): M heads of all images, D
+channels each, N = H * W positions.
 """
 
 from collections import OrderedDict
-from typing import Sequence
+from typing import Any, ClassVar, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +32,7 @@ from timm.layers import register_notrace_function
 from torch import nn
 
 from ._linear import widen, without_autocast
+from ._mixer import GridMixer
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -40,7 +47,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> to
 
 @torch.fx.wrap
 @register_notrace_function
-def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-15) -> torch.Tensor:
+def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """out_i = sum_j s_ij v_j / (sum_j s_ij + eps) with s_ij = relu(q_i) . relu(k_j); no scale. Channels first.
 
     Args:
@@ -102,7 +109,7 @@ class MultiScaleLinearAttention(nn.Module):
         dim: int,
         head_dim: int = 32,
         scales: Sequence[int] = (5,),
-        eps: float = 1e-15,
+        eps: float = 1e-5,
         norm_eps: float = 1e-5,
         device=None,
         dtype=None,
@@ -141,3 +148,55 @@ class MultiScaleLinearAttention(nn.Module):
         q, k, v = qkv.split([D, D, D], dim=1)
         out = relu_linear_attention(q, k, v, self.eps)
         return self.proj(out.reshape(B, -1, H, W))
+
+
+class MultiScaleLinearMixer(GridMixer):
+    """Multi-scale linear attention as a token mixer, (B, N, C) -> (B, N, C).
+
+    Adds `aggreg`, what gathers q, k and v of each coarser scale, and `proj_coarse`, their part of the output projection.
+
+    Raises:
+        ValueError: On `scale_norm`, which would have to normalise the scales together; in `forward` if the tokens are not the grid's.
+    """
+
+    output_projections = ("proj", "proj_coarse")
+    scales: ClassVar[Tuple[int, ...]] = (5,)
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, scale_norm: bool = False, device=None, dtype=None, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)
+        if scale_norm:
+            raise ValueError(f"{self.mechanism} has several scales, got scale_norm=True, expected False")
+        dd = {"device": device, "dtype": dtype}
+        self.aggreg = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3 * dim, 3 * dim, scale, padding=scale // 2, groups=3 * dim, bias=False, **dd),
+                GroupedPointwise(3 * dim, 3 * num_heads, **dd),
+            )
+            for scale in self.scales
+        )
+        self.proj_coarse = nn.Linear(len(self.scales) * dim, dim, bias=False, **dd)
+
+    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, D) -> (B, (1 + S) H, N, D) with S coarser scales, the pixel's own first."""
+        B, H, N, D = q.shape
+        P, (height, width) = self.num_prefix_tokens, self.grid_size
+        qkv = torch.cat([q, k, v], dim=1).transpose(-2, -1)  # (B, 3 H, D, N)
+        patches = qkv[..., P:].reshape(B, 3 * H * D, height, width)
+        scales = [qkv]
+        for aggregate in self.aggreg:
+            coarse = aggregate(patches).reshape(B, 3 * H, D, N - P)
+            scales.append(torch.cat([qkv[..., :P], coarse], dim=-1))
+        S = len(scales)
+        qkv = torch.stack(scales, dim=1).reshape(B, S, 3, H, D, N)
+        qkv = qkv.transpose(1, 2).reshape(B, 3, S * H, D, N)
+        q, k, v = qkv[:, 0].flatten(0, 1), qkv[:, 1].flatten(0, 1), qkv[:, 2].flatten(0, 1)  # (B S H, D, N)
+        return relu_linear_attention(q, k, v).reshape(B, S * H, D, N).transpose(-2, -1)  # (B, S H, N, D)
+
+    def project_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Mixed heads of all scales -> tokens (B, N, C)."""
+        B, heads, N, D = x.shape
+        x = x.transpose(1, 2).reshape(B, N, heads * D)  # (B, N, (1 + S) C)
+        fine = self.num_heads * D
+        return self.proj_drop(self.proj(x[..., :fine]) + self.proj_coarse(x[..., fine:]))

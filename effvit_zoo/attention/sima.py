@@ -14,7 +14,7 @@ Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); 
 """
 
 from functools import partial
-from typing import Optional, Tuple
+from typing import Tuple
 
 import torch
 from timm.layers import register_notrace_function
@@ -31,7 +31,7 @@ from ._linear import (
     widen,
     without_autocast,
 )
-from ._mixer import TokenMixer, refuse_mask
+from ._mixer import TokenMixer
 
 
 def _l1_norm(x: torch.Tensor) -> torch.Tensor:
@@ -140,9 +140,6 @@ class SimaClassAttention(TokenMixer):
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return sima_class_attention(q, k, v)
 
-    def forward(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
-    ) -> torch.Tensor:
-        refuse_mask(self.mechanism, attn_mask, is_causal)
+    def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project_qkv(x)
         return torch.cat([self.project_out(self.mix(q, k, v)), x[:, 1:]], dim=1)

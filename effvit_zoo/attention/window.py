@@ -31,7 +31,13 @@ def window_and_shift(height: int, width: int, window: Size, shifted: bool) -> Tu
     """(window height, window width, shift down, shift right) that a map of this size gets."""
     down = window[0] // 2 if shifted and height > window[0] else 0
     right = window[1] // 2 if shifted and width > window[1] else 0
-    return min(height, window[0]), min(width, window[1]), down, right
+    wh = window[0] if height >= window[0] else height  # not min(): under a tracer that would hide the constant
+    ww = window[1] if width >= window[1] else width
+    return wh, ww, down, right
+
+
+def _is_zero(number: int) -> bool:
+    return isinstance(number, int) and number == 0  # a tracer's symbol is not: the graph must pad by it
 
 
 def to_windows(x: torch.Tensor, window: Size, shifted: bool) -> torch.Tensor:
@@ -40,20 +46,23 @@ def to_windows(x: torch.Tensor, window: Size, shifted: bool) -> torch.Tensor:
     wh, ww, down, right = window_and_shift(H, W, window, shifted)
     if down > 0 or right > 0:
         x = torch.roll(x, (-down, -right), (1, 2))
-    pad_h, pad_w = (wh - H % wh) % wh, (ww - W % ww) % ww
-    whole = isinstance(pad_h, int) and isinstance(pad_w, int) and pad_h == 0 and pad_w == 0  # symbols are padded always
-    if not whole:
+    rows, columns = (H + wh - 1) // wh, (W + ww - 1) // ww
+    pad_h, pad_w = rows * wh - H, columns * ww - W
+    if not _is_zero(pad_h) or not _is_zero(pad_w):
         x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-    x = x.reshape(B, (H + pad_h) // wh, wh, (W + pad_w) // ww, ww, C)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, wh * ww, C)  # (B, rows, columns, wh, ww, C) -> (B * n, N, C)
+    x = x.reshape(B, rows, wh, columns, ww, C).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(B * rows * columns, wh * ww, C)
 
 
-def from_windows(windows: torch.Tensor, height: int, width: int, window: Size, shifted: bool) -> torch.Tensor:
-    """Windows (B * n, N, C) -> map (B, height, width, C); undoes `to_windows`."""
-    wh, ww, down, right = window_and_shift(height, width, window, shifted)
-    rows, columns = (height + wh - 1) // wh, (width + ww - 1) // ww
-    x = windows.reshape(-1, rows, columns, wh, ww, windows.shape[-1]).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(-1, rows * wh, columns * ww, windows.shape[-1])[:, :height, :width]  # (B, H, W, C)
+def from_windows(windows: torch.Tensor, like: torch.Tensor, window: Size, shifted: bool) -> torch.Tensor:
+    """Windows (B * n, N, C) -> map of the shape of `like`, (B, H, W, C); undoes `to_windows`."""
+    B, H, W, C = like.shape
+    wh, ww, down, right = window_and_shift(H, W, window, shifted)
+    rows, columns = (H + wh - 1) // wh, (W + ww - 1) // ww
+    x = windows.reshape(B, rows, columns, wh, ww, C).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(B, rows * wh, columns * ww, C)
+    if not _is_zero(rows * wh - H) or not _is_zero(columns * ww - W):
+        x = F.pad(x, (0, 0, 0, W - columns * ww, 0, H - rows * wh))
     if down > 0 or right > 0:
         x = torch.roll(x, (down, right), (1, 2))
     return x
@@ -306,7 +315,7 @@ class WindowAttention(nn.Module):
         dropout = self.attn_drop.p if self.training else 0.0
         windows = self.join_heads(window_attention(q, k, v, bias, self.scale, dropout))
         windows = self.proj_drop(self.proj(windows))
-        return from_windows(windows, H, W, self.window_size, self.shifted)
+        return from_windows(windows, x, self.window_size, self.shifted)
 
     @torch.no_grad()
     def fuse(self) -> "WindowAttention":

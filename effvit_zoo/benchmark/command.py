@@ -6,6 +6,7 @@ import argparse
 import importlib
 
 BENCHMARKS = {
+    "attention": "every attention mechanism alone: time and memory as the number of tokens grows",
     "backbones": "our backbones against timm's: eager, compiled, training, memory",
 }
 

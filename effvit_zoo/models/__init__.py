@@ -6,3 +6,4 @@ from . import efficientvit as efficientvit
 from . import isotropic_vit as isotropic_vit
 from . import swiftformer as swiftformer
 from . import swin as swin
+from ._swap import swap_attention as swap_attention

@@ -5,6 +5,13 @@ https://github.com/facebookresearch/deit (Apache-2.0). The mixers' papers are na
 `VisionTransformer` (Apache-2.0), so position embeddings that follow the image size, register tokens, pooling, pruning and every ViT
 checkpoint that timm reads come with it; this file adds the mixers, the sizes and the names.
 
+A model may also mix its tokens differently from block to block: `mixers={"sima": [6, 7], "hydra": [-1]}` names the blocks that differ, and
+`hydra_layers=k` of the Hydra models gives the last k blocks to Hydra and the others to softmax, as its paper recommends. Both are ordinary
+construction arguments, so they come back with a saved model, and DeiT's weights load whatever they say.
+
+SimA's models have layer scale, starting from 1.0 as its authors set it for 12 layers, in `pico` too, so that all sizes are one
+architecture; the other papers have none. A checkpoint without it loads, and is then the same function with gamma = 1.
+
 Deliberate difference: `pico` (not in the paper), for small images and short runs, starts from Xavier-uniform weights and cuts its patches
 with two overlapping convolutions. After 400 steps of 64 images of Fashion-MNIST, one 96-wide trial each: truncated normal weights of 0.02
 67.7% right, Xavier 69.2%, Xavier and convolutions 77.3%.
@@ -12,17 +19,20 @@ with two overlapping convolutions. After 400 steps of 64 images of Fashion-MNIST
 Layout: tokens (B, N, C), prefix tokens first, then patches in row-major order.
 """
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Type, Union
+from functools import partial
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import LayerScale, PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from ..attention import TOKEN_MIXERS, TokenMixer
-from ._base import fold_norm_after, imagenet_cfg
+from ..errors import UserError
+from ._base import fold_norm_after, fold_output_affine, imagenet_cfg
+from ._swap import SHARED, mixers_by_block, place_tokens
 
 __all__ = ["IsotropicViT"]
 
@@ -98,17 +108,58 @@ def _check_patch_size(patch_size: Union[int, Tuple[int, int]]) -> None:
         raise ValueError(f"the convolutional stem makes patches of 4 x 4 pixels, got patch_size={patch_size}")
 
 
+class IsotropicBlock(Block):
+    """timm's block, whose layer scale can be folded into the projections before it."""
+
+    def fuse(self) -> "IsotropicBlock":
+        """Folds layer scale into the output projections of attention and MLP."""
+        if isinstance(self.ls1, LayerScale):
+            for name in getattr(self.attn, "output_projections", ("proj",)):
+                setattr(self.attn, name, fold_output_affine(getattr(self.attn, name), self.ls1.gamma))
+            self.ls1 = nn.Identity()
+        if isinstance(self.ls2, LayerScale):
+            self.mlp.fc2 = fold_output_affine(self.mlp.fc2, self.ls2.gamma)  # type: ignore[type-var]
+            self.ls2 = nn.Identity()
+        return self
+
+
+def _block_with_own_mixer(
+    block_fn: Callable[..., nn.Module], classes: Mapping[int, Type[TokenMixer]], attn_layer: Any, depth: int, **kwargs
+) -> nn.Module:
+    """Block number `depth` with its mixer of `classes`, or the model's `attn_layer`."""
+    return block_fn(attn_layer=classes.get(depth, attn_layer), depth=depth, **kwargs)
+
+
 class IsotropicViT(VisionTransformer):
-    """timm's VisionTransformer whose mixers are told what they cannot see in a row of tokens."""
+    """timm's VisionTransformer whose mixers may differ from block to block and are told what they cannot see in a row of tokens.
+
+    Args:
+        mixers: Mechanism in `TOKEN_MIXERS` -> list of the blocks that it mixes, negative indices from the end; the others have
+            `attn_layer`.
+        depth: Number of blocks.
+        block_fn: Builds a block.
+        kwargs: timm's.
+
+    Raises:
+        ValueError: For an unknown mechanism or block, one that is named twice, or no fixed grid where a mechanism needs it.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixers: Optional[Mapping[str, Sequence[int]]] = None,
+        depth: int = 12,
+        block_fn: Callable[..., nn.Module] = IsotropicBlock,
+        **kwargs: Any,
+    ) -> None:
+        if mixers:
+            block_fn = partial(_block_with_own_mixer, block_fn, mixers_by_block(mixers, depth))
+        super().__init__(depth=depth, block_fn=block_fn, **kwargs)  # type: ignore[arg-type]
 
     @torch.jit.ignore
     def place_tokens(self) -> None:
         """Tells the mixers that ask for it how many tokens are prefix tokens and how the patches lie."""
-        for module in self.blocks.modules():
-            if hasattr(module, "num_prefix_tokens"):
-                module.num_prefix_tokens = self.num_prefix_tokens  # type: ignore[assignment]
-            if hasattr(module, "grid_size"):
-                module.grid_size = tuple(self.patch_embed.grid_size)  # type: ignore[assignment]
+        place_tokens(self)
 
     def set_input_size(
         self, img_size: Optional[Tuple[int, int]] = None, patch_size: Optional[Tuple[int, int]] = None
@@ -118,9 +169,55 @@ class IsotropicViT(VisionTransformer):
         self.place_tokens()
 
 
+class HydraViT(IsotropicViT):
+    """An IsotropicViT with Hydra attention in its last blocks.
+
+    Args:
+        hydra_layers: How many blocks at the end have Hydra attention, the others softmax; None for all. `mixers` goes before it.
+        mixers: As in `IsotropicViT`.
+        depth: Number of blocks.
+        kwargs: timm's.
+
+    Raises:
+        ValueError: If `hydra_layers` is not a whole number from 0 to `depth`, and as `IsotropicViT`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hydra_layers: Optional[int] = None,
+        mixers: Optional[Mapping[str, Sequence[int]]] = None,
+        depth: int = 12,
+        **kwargs: Any,
+    ) -> None:
+        mixers = dict(mixers or {})
+        if hydra_layers is not None:
+            if not isinstance(hydra_layers, int) or isinstance(hydra_layers, bool) or not 0 <= hydra_layers <= depth:
+                raise UserError(f"hydra_layers: expected 0 to {depth} blocks, got {hydra_layers!r}")
+            taken = mixers_by_block(mixers, depth)
+            front = [i for i in range(depth - hydra_layers) if i not in taken]
+            mixers["softmax"] = [*mixers.get("softmax", []), *front]
+        super().__init__(mixers=mixers, depth=depth, **kwargs)
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionTransformer) -> Dict[str, torch.Tensor]:
-    """Official DeiT keys and those of every ViT checkpoint that timm reads -> ours; ours are unchanged."""
-    return vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    """Official DeiT keys and those of every ViT checkpoint that timm reads -> ours; ours are unchanged.
+
+    What a plain ViT does not have (layer scale, a mixer's own temperature or convolution) and the checkpoint lacks in every block keeps
+    the model's initial values.
+    """
+    converted = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
+    present = {key.split(".", 2)[-1] for key in converted if key.startswith("blocks.")}
+    for key, value in model.state_dict().items():
+        if key.startswith("blocks.") and key.split(".", 2)[-1] not in present and _is_extra(key):
+            converted[key] = value
+    return converted
+
+
+def _is_extra(key: str) -> bool:
+    """Whether a block's parameter is one that a plain ViT does not have."""
+    module, _, rest = key.split(".", 2)[-1].partition(".")
+    return module in ("ls1", "ls2") or (module == "attn" and rest.partition(".")[0] not in SHARED)
 
 
 SIZES: Dict[str, Dict[str, Any]] = {
@@ -146,6 +243,8 @@ class Family(NamedTuple):
     origin_url: str
     paper_name: str
     paper_ids: str
+    model_cls: Type[IsotropicViT] = IsotropicViT
+    kwargs: Mapping[str, Any] = {}
 
 
 FAMILIES: Dict[str, Family] = {
@@ -172,12 +271,14 @@ FAMILIES: Dict[str, Family] = {
         "https://arxiv.org/abs/2209.07484",  # the code is in the paper
         "Hydra Attention: Efficient Attention with Many Heads",
         "arXiv:2209.07484",
+        model_cls=HydraViT,
     ),
     "sima": Family(
         "effzoo_sima_vit",
         "https://github.com/UCDvision/sima",
         "SimA: Simple Softmax-free Attention for Vision Transformers",
         "arXiv:2206.08898",
+        kwargs={"init_values": 1.0},
     ),
 }
 """Mixer in TOKEN_MIXERS -> its models."""
@@ -228,12 +329,13 @@ def build_vit(variant: str, pretrained: bool, model_cls: Type[IsotropicViT] = Is
     )
 
 
-def _register(prefix: str, mixer: Type[TokenMixer], size: str) -> Callable[..., nn.Module]:
+def _register(family: Family, mixer: Type[TokenMixer], size: str) -> Callable[..., nn.Module]:
     """Registers one model in timm and returns its function, which needs a module-level name of its own to be found and pickled."""
-    name = f"{prefix}_{size}"
+    name = f"{family.prefix}_{size}"
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build_vit(name, pretrained, **{"attn_layer": mixer, **SIZES[size], **kwargs})
+        own = {"attn_layer": mixer, **SIZES[size], **family.kwargs}
+        return build_vit(name, pretrained, family.model_cls, **{**own, **kwargs})
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"ViT-{size} with {mixer.__name__}."
@@ -242,4 +344,4 @@ def _register(prefix: str, mixer: Type[TokenMixer], size: str) -> Callable[..., 
 
 for _mixer, _family in FAMILIES.items():
     for _size in SIZES:
-        globals()[f"{_family.prefix}_{_size}"] = _register(_family.prefix, TOKEN_MIXERS[_mixer], _size)
+        globals()[f"{_family.prefix}_{_size}"] = _register(_family, TOKEN_MIXERS[_mixer], _size)

@@ -141,6 +141,7 @@ def _add_linear(x: torch.Tensor, y: torch.Tensor, layer: nn.Module) -> torch.Ten
     return x.add_(layer(y))
 
 
+@torch.jit.ignore
 def _is_plain_inference(x: torch.Tensor) -> bool:
     plain = type(x) is torch.Tensor and not is_traced(x)
     return plain and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

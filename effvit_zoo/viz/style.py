@@ -22,7 +22,7 @@ from PIL import ImageFont
 
 INK, QUIET, RULE, PAPER = "#22272e", "#6b7480", "#d9dde2", "#ffffff"
 BLUE, ORANGE, GREEN = "#2f6db0", "#d4682a", "#3d8f5f"
-SERIES = (BLUE, ORANGE, GREEN, "#8c5aa8", "#b98a1d", "#4a9aa8")
+SERIES = (BLUE, ORANGE, GREEN, "#8c5aa8", "#b98a1d", "#4a9aa8", "#b8475f", "#7a6a58", "#6d7fd1")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fb", "#c5d8ec", "#7fabd6", "#3a78b8", "#153d6b"])
 
 _RC: Any = {

@@ -1,0 +1,315 @@
+"""`effzoo benchmark attention`: what every mechanism costs by itself, in time and memory, as the number of tokens grows.
+
+Each is a function of q, k and v as one projection of one image leaves them, (1, N, 3, H, D) seen as (1, H, N, D); projections are not in
+it. Naive softmax (which writes the N x N table) and torch's fused one are the references. Convolutional modulation and the 2-D form of
+cosFormer take the tokens as a grid; of multi-scale linear attention it is one scale.
+
+Time is the median of calls that take turns; a call of more than half a second is repeated three times only. Memory is the peak beside
+inputs and output (`memory.peak_bytes`), forward + backward including the gradients. Exponents are slopes in the double logarithmic plot
+between 1,024 and 16,384 tokens: 1 is linear, 2 quadratic. Forward runs without gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .. import attention, cost
+from ..attention.additive import efficient_additive_attention
+from ..attention.cross_covariance import cross_covariance_attention
+from ..attention.multiscale_linear import relu_linear_attention
+from ..errors import UserError, unknown_choice
+from ..inference import time_in_turns
+from ..viz.scaling import Line, scaling
+from .backbones import write_rows
+from .host import gemm_gflops
+from .memory import peak_bytes
+
+Tensor = torch.Tensor
+Mechanism = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+FIT = (1024, 16384)
+"""Tokens between which the exponents are fitted."""
+SLOW_SECONDS, SLOW_REPEATS = 0.5, 3
+REFERENCE = "sdpa"
+
+
+class Shape(NamedTuple):
+    """Of one measurement: N tokens, H heads of D channels."""
+
+    tokens: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of N patches, as square as N allows."""
+        rows = next(r for r in range(math.isqrt(self.tokens), 0, -1) if self.tokens % r == 0)
+        return rows, self.tokens // rows
+
+
+def joined(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, C), a view of the projection's output."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def naive_softmax(shape: Shape) -> Mechanism:
+    return lambda q, k, v: ((q * shape.dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def cosformer_2d(shape: Shape) -> Mechanism:
+    return functools.partial(attention.cosformer_attention_2d, grid_size=shape.grid)
+
+
+def hydra(shape: Shape) -> Mechanism:
+    return lambda q, k, v: attention.hydra_attention(joined(q), joined(k), joined(v))
+
+
+def xca(shape: Shape) -> Mechanism:
+    temperature = torch.ones(shape.heads, 1, 1)
+    return lambda q, k, v: cross_covariance_attention(q.mT, k.mT, v.mT, temperature).mT
+
+
+def additive(shape: Shape) -> Mechanism:
+    w_g = torch.randn(shape.heads * shape.dim, 1, dtype=shape.dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        context, q = efficient_additive_attention(joined(q), joined(k), w_g)
+        return context + q
+
+    return call
+
+
+def relu_linear(shape: Shape) -> Mechanism:
+    return lambda q, k, v: relu_linear_attention(q.mT.flatten(0, 1), k.mT.flatten(0, 1), v.mT.flatten(0, 1)).mT
+
+
+def conv_modulation(shape: Shape) -> Mechanism:
+    channels, side = shape.heads * shape.dim, 11
+    kernel = torch.randn(channels, 1, side, side, dtype=shape.dtype) / side
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = F.gelu(q).mT.reshape(-1, channels, *shape.grid)  # (B, C, rows, columns)
+        a = F.conv2d(x, kernel, padding=side // 2, groups=channels)
+        return joined(v) * a.flatten(2).mT
+
+    return call
+
+
+MECHANISMS: dict[str, tuple[str, Callable[[Shape], Mechanism]]] = {
+    "naive": ("softmax, naive", naive_softmax),
+    "sdpa": ("softmax, SDPA", lambda shape: attention.softmax_attention),
+    "elu": ("ELU", lambda shape: attention.elu_linear_attention),
+    "cosformer": ("cosFormer", lambda shape: attention.cosformer_attention),
+    "cosformer_2d": ("cosFormer 2-D", cosformer_2d),
+    "hydra": ("Hydra", hydra),
+    "sima": ("SimA", lambda shape: attention.sima_attention),
+    "xca": ("cross-covariance", xca),
+    "additive": ("additive", additive),
+    "multiscale_linear": ("ReLU linear", relu_linear),
+    "conv_mod": ("conv modulation", conv_modulation),
+}
+"""Name -> its label in tables and plots, and what builds the function for a shape."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mechanisms", nargs="+", default=list(MECHANISMS), metavar="NAME", help="(default: all)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[196, 1024, 4096, 16384], metavar="N")
+    parser.add_argument("--heads", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=64, help="channels per head (default: %(default)s)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls per mechanism (default: %(default)s)")
+    parser.add_argument("--no-backward", action="store_true", help="leave training steps out")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write the rows to FILE.csv or FILE.json, and a plot per dtype beside it (FILE-float32.png)",
+    )
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in args.mechanisms:
+        if name not in MECHANISMS:
+            raise unknown_choice("mechanism", name, list(MECHANISMS))
+    for option in ("heads", "dim", "threads", "repeats"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option}: expected 1 or more, got {getattr(args, option)}")
+    if min(args.tokens) < 1:
+        raise UserError(f"--tokens: expected 1 or more, got {min(args.tokens)}")
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    torch.set_num_threads(args.threads)
+    console = Console()
+    host = {"processor": cost.processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
+    header = f"{host['processor']}, {args.threads} thread(s), float32 matrix products {host['gemm_gflops']:.0f} GFLOP/s"
+    console.print(f"{header}, torch {torch.__version__}", highlight=False)
+    rows = []
+    for dtype in args.dtype:
+        for backward in (False,) if args.no_backward else (False, True):
+            block = []
+            for tokens in sorted(set(args.tokens)):
+                shape = Shape(tokens, args.heads, args.dim, DTYPES[dtype])
+                with console.status(f"{dtype}, {pass_name(backward)}, {tokens:,} tokens"):
+                    block += measure(args.mechanisms, shape, backward, args.repeats)
+            add_exponents(block)
+            print_table(console, block, f"{dtype}, {pass_name(backward)}, {args.heads} heads of {args.dim} channels")
+            rows += [{"dtype": dtype, **row, **host} for row in block]
+    if args.output:
+        write_rows(rows, args.output)
+        for dtype in args.dtype:
+            path = args.output.with_name(f"{args.output.stem}-{dtype}.png")
+            title = f"One image, {args.heads} heads of {args.dim} channels, {dtype}"
+            subtitle = (
+                f"{header}. Memory: peak beside inputs and output. "
+                f"Numbers behind names: exponent of N, {FIT[0]:,} to {FIT[1]:,} tokens."
+            )
+            scaling(lines([row for row in rows if row["dtype"] == dtype]), title, subtitle, path)
+            console.print(f"plot: {path}", highlight=False)
+
+
+def pass_name(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
+def measure(names: list[str], shape: Shape, backward: bool, repeats: int) -> list[dict[str, Any]]:
+    """A row per mechanism at one shape: milliseconds, peak_mb, and how many times faster than fused softmax it is.
+
+    A row is left out if the naive form's tables do not fit the free memory.
+    """
+    qkv = torch.randn(1, shape.tokens, 3, shape.heads, shape.dim, generator=torch.Generator().manual_seed(0))
+    q, k, v = qkv.to(shape.dtype).permute(2, 0, 3, 1, 4).unbind(0)  # (3, B, H, N, D)
+    tables = (4 if backward else 2) * shape.heads * shape.tokens**2 * shape.dtype.itemsize
+    fits = tables < 0.8 * psutil.virtual_memory().available
+    calls = {name: bound(MECHANISMS[name][1](shape), (q, k, v), backward) for name in names if name != "naive" or fits}
+    megabytes, seconds = {}, {}
+    with torch.set_grad_enabled(backward):
+        for name, call in calls.items():
+            megabytes[name] = peak_bytes(call) / 2**20
+            start = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - start
+        quick = {name: call for name, call in calls.items() if seconds[name] <= SLOW_SECONDS}
+        slow = {name: call for name, call in calls.items() if seconds[name] > SLOW_SECONDS}
+        times = time_in_turns(quick, repeats) if quick else {}
+        if slow:
+            times |= time_in_turns(slow, min(repeats, SLOW_REPEATS), burst=1, warmup=0)
+    return [
+        {
+            "mechanism": name,
+            "pass": pass_name(backward),
+            "tokens": shape.tokens,
+            "heads": shape.heads,
+            "dim": shape.dim,
+            "milliseconds": times[name],
+            "peak_mb": megabytes[name],
+            "times_sdpa": times[REFERENCE] / times[name] if REFERENCE in times else None,
+        }
+        for name in calls
+    ]
+
+
+def bound(mechanism: Mechanism, inputs: tuple[Tensor, Tensor, Tensor], backward: bool) -> Callable[[], Tensor]:
+    """The call to be measured: the mechanism on its inputs, and the gradients of the inputs for a given one of the output."""
+    if not backward:
+        return lambda: mechanism(*inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        gradient = torch.ones_like(mechanism(*leaves))
+
+    def call() -> Tensor:
+        out = mechanism(*leaves)
+        # `additive` has no values, `conv_mod` no keys
+        torch.autograd.grad(out, leaves, gradient, allow_unused=True)
+        return out
+
+    return call
+
+
+def add_exponents(rows: list[dict[str, Any]]) -> None:
+    """Adds time_exponent and memory_exponent, per mechanism, to all its rows; None where there are no two points to fit."""
+    for name in {row["mechanism"] for row in rows}:
+        own = [row for row in rows if row["mechanism"] == name]
+        for key, value in (("time_exponent", "milliseconds"), ("memory_exponent", "peak_mb")):
+            exponent = slope([(row["tokens"], row[value]) for row in own])
+            for row in own:
+                row[key] = exponent
+
+
+def slope(points: list[tuple[int, float]]) -> float | None:
+    """Least-squares slope of log y over log x, for the x within `FIT` and the y above 0."""
+    logs = [(math.log(x), math.log(y)) for x, y in points if FIT[0] <= x <= FIT[1] and y > 0]
+    if len(logs) < 2:
+        return None
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def lines(rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
+    """Rows of one dtype -> what the plot draws, per pass."""
+    passes: dict[str, list[Line]] = {}
+    for row in rows:
+        if any(line.name == MECHANISMS[row["mechanism"]][0] for line in passes.setdefault(row["pass"], [])):
+            continue
+        own = [r for r in rows if r["mechanism"] == row["mechanism"] and r["pass"] == row["pass"]]
+        passes[row["pass"]].append(
+            Line(
+                name=MECHANISMS[row["mechanism"]][0],
+                tokens=[r["tokens"] for r in own],
+                milliseconds=[r["milliseconds"] for r in own],
+                megabytes=[r["peak_mb"] for r in own],
+                time_exponent=row["time_exponent"],
+                memory_exponent=row["memory_exponent"],
+                reference=row["mechanism"] in ("naive", REFERENCE),
+            )
+        )
+    return passes
+
+
+def print_table(console: Console, rows: list[dict[str, Any]], title: str) -> None:
+    """Two tables, time and memory."""
+    tokens = sorted({row["tokens"] for row in rows})
+    for caption, cell, exponent in (
+        ("ms (times as fast as SDPA)", _time_cell, "time_exponent"),
+        ("MB beside inputs and output", _memory_cell, "memory_exponent"),
+    ):
+        table = Table(title=f"{title}: {caption}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+        table.add_column("mechanism")
+        for n in tokens:
+            table.add_column(f"N = {n:,}", justify="right")
+        table.add_column("exponent", justify="right")
+        for name in dict.fromkeys(row["mechanism"] for row in rows):
+            own = {row["tokens"]: row for row in rows if row["mechanism"] == name}
+            cells = [cell(own[n]) if n in own else "too large" for n in tokens]
+            fitted = next(iter(own.values()))[exponent]
+            table.add_row(MECHANISMS[name][0], *cells, "" if fitted is None else f"{fitted:.2f}")
+        console.print(table)
+
+
+def _time_cell(row: dict[str, Any]) -> str:
+    times = row["times_sdpa"]
+    return _three_digits(row["milliseconds"]) + (f" ({_three_digits(times)}x)" if times else "")
+
+
+def _memory_cell(row: dict[str, Any]) -> str:
+    return _three_digits(row["peak_mb"])
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
