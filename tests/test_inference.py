@@ -83,7 +83,7 @@ def test_the_switch_for_onednn_is_put_back():
 def test_bad_arguments(model, sample):
     with pytest.raises(UserError, match="unknown form 'packd'"):
         optimize_for_inference(model, sample, forms=["packd"])
-    with pytest.raises(UserError, match="expected a float32 sample on the CPU, got torch.bfloat16"):
+    with pytest.raises(UserError, match=r"expected a float32 sample on the CPU, got torch\.bfloat16"):
         optimize_for_inference(model, sample.bfloat16())
 
 

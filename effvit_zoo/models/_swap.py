@@ -69,7 +69,8 @@ def mixers_by_block(mixers: Mapping[str, Sequence[int]], depth: int) -> Dict[int
     """`{"sima": [6, 7], "hydra": [-1]}` -> the mixer's class for each block named.
 
     Raises:
-        ValueError: For what isn't a mapping, an unknown mechanism, what isn't a list of indices (a config can hold nothing else), or a block named twice.
+        ValueError: For what isn't a mapping, an unknown mechanism, what isn't a list of indices (a config can hold nothing
+            else), or a block named twice.
     """
     if not isinstance(mixers, Mapping):
         raise UserError(f"mixers: expected a mapping of mechanisms to lists of blocks, got {mixers!r}")
