@@ -1,5 +1,6 @@
 """What is special to EdgeNeXt: cross-covariance attention, position encoding, uneven channel groups, the bn_hs variants, MLPs in pieces."""
 
+import argparse
 import math
 
 import pytest
@@ -189,6 +190,14 @@ def test_official_checkpoints(name, nesting):
     own = model.state_dict()
     assert converted.keys() == own.keys()
     assert all(own[key].shape == tensor.shape for key, tensor in converted.items())
+
+
+def test_official_training_checkpoint_from_its_url(tmp_path):
+    official = Golden("edgenext_xx_small").state_dict()
+    torch.save({"model": {}, "model_ema": official, "args": argparse.Namespace(lr=6e-3)}, tmp_path / "checkpoint.pth")
+    overlay = {"hf_hub_id": None, "url": (tmp_path / "checkpoint.pth").as_uri()}
+    model = create("xx_small", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(model.head.fc.weight, official["head.weight"])
 
 
 def test_weights_are_where_they_are_published():

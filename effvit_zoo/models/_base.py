@@ -10,6 +10,7 @@ Deliberate differences: `forward_intermediates` also gives NHWC, and `init_weigh
 Layout: images are (B, C, H, W); features are (B, C, H, W) or (B, H, W, C) as the class attribute `output_fmt` says.
 """
 
+import argparse
 import copy
 from typing import (
     TYPE_CHECKING,
@@ -336,14 +337,16 @@ def build(
     **kwargs: Any,
 ) -> BackboneT:
     """timm's factory for a four-stage family: `kwargs` (what the caller of a registered function gave) override `sizes`."""
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **{**sizes, **kwargs},
-    )
+    # official training checkpoints hold their command line too; timm admits it in files, but not in what it downloads from a URL
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+            **{**sizes, **kwargs},
+        )
 
 
 def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: str, **overrides: Any) -> Dict[str, Any]:

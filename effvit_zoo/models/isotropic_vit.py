@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from timm.layers import LayerScale, PatchEmbed, to_2tuple
+from timm.layers import LayerNorm2d, LayerScale, PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
@@ -31,29 +31,26 @@ from torch import nn
 
 from ..attention import TOKEN_MIXERS, TokenMixer
 from ..errors import UserError
-from ._base import fold_norm_after, fold_output_affine, imagenet_cfg
+from ._base import fold_output_affine, imagenet_cfg
 from ._swap import SHARED, mixers_by_block, place_tokens
 
 __all__ = ["IsotropicViT"]
 
 
 class ConvStem(nn.Sequential):
-    """Two 3x3 convolutions of stride 2, BatchNorm and GELU between them: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
+    """Two 3x3 convolutions of stride 2, LayerNorm over the channels and GELU between them: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4).
+
+    Not BatchNorm: a step must not depend on how its images are shared out over processes.
+    """
 
     def __init__(self, in_chans: int, dim: int, bias: bool = True, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(
-            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, bias=False, **dd),
-            nn.BatchNorm2d(dim // 2, **dd),
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
+            LayerNorm2d(dim // 2, eps=1e-6, **dd),
             nn.GELU(),
             nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, bias=bias, **dd),
         )
-
-    def fuse(self) -> "ConvStem":
-        """Folds BatchNorm into the convolution before it."""
-        self[0] = fold_norm_after(self[0], self[1])  # type: ignore[type-var]
-        self[1] = nn.Identity()
-        return self
 
 
 class ConvPatchEmbed(PatchEmbed):
