@@ -155,7 +155,13 @@ def test_unreadable_files_are_named_once_and_counted(photos, config, tmp_path, c
     said = "".join(capsys.readouterr())
     for name in ("cut.jpg", "empty.png", "words.png"):
         assert said.count(f"{name}:") == 1
-    assert json.loads((tmp_path / "run/summary.json").read_text())["bad_files"] == 3
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["bad_files"] == 3
+    results = tmp_path / "results.json"  # on the same images that the run held out
+    command = ["validate", "--model", str(tmp_path / "run"), "--data", str(root), "--results-file", str(results)]
+    assert effzoo([*command, "--workers", "0"]) == 0
+    assert json.loads(results.read_text())["top1"] == summary["top1"]
+    capsys.readouterr()
     assert run(config, tmp_path / "strict", f"data.root={root}", "data.on_bad_file=raise") == 2
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import cost, hub
 from ..errors import UserError
 from ..images import MODES
-from .data import Source, StreamSource, open_source
+from .data import Source, StreamSource, open_source, open_splits
 from .evaluation import Evaluation, evaluate
 from .loader import (
     Batch,
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default="builtin:fashion-mnist-mini", help="as data.root in a config (default: %(default)s)"
     )
-    parser.add_argument("--split", default="val", help="split of the data (default: %(default)s)")
+    parser.add_argument(
+        "--split",
+        default="auto",
+        help="split of the data (default: what the model was validated on, if it was trained on this data; else val or test)",
+    )
     parser.add_argument("--img-size", type=int, nargs="+", help="one or more sizes in pixels (default: the model's)")
     parser.add_argument(
         "--crop-pct", type=float, help="share of the resized image that is looked at (default: the model's)"
@@ -65,9 +69,14 @@ def run(args: argparse.Namespace) -> None:
     model: Any = hub.load(args.model, pretrained=args.pretrained or brought)
     labels = hub.label_names(model)
     trained = hub.read_config(args.model).get(hub.EXTRA_KEY, {}) if brought else {}
-    # images that training held out of an undivided folder are found again by its seed and share
-    held_out = {key: trained[key] for key in ("seed", "val_fraction") if key in trained}
-    source = open_source(args.data, args.split, img_mode=MODES[model.pretrained_cfg["input_size"][0]], **held_out)
+    mode = MODES[model.pretrained_cfg["input_size"][0]]
+    source: Source
+    if args.split == "auto" and trained.get("data") == args.data:
+        # what training held out of an undivided folder is found again by its seed and share
+        held_out = {key: trained[key] for key in ("seed", "val_fraction") if key in trained}
+        source = open_splits(args.data, img_mode=mode, **held_out).val
+    else:
+        source = open_source(args.data, args.split, img_mode=mode)
     results = [validate(model, source, labels, args, size) for size in args.img_size or [None]]
     for result in results:
         _print(result)
