@@ -166,6 +166,19 @@ def test_unreadable_files_are_named_once_and_counted(photos, config, tmp_path, c
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1
 
 
+def test_grey_images_and_odd_mixing(photos, config, tmp_path):
+    settings = [
+        f"data.root={photos}",
+        "train.epochs=1",
+        "train.batch_size=7",
+        "augment.cutmix=1.0",
+        "model.kwargs.in_chans=1",
+    ]
+    assert run(config, tmp_path / "run", *settings) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["input_size"] == [1, 32, 32]
+    assert effzoo(["validate", "--model", str(tmp_path / "run"), "--data", str(photos), "--workers", "0"]) == 0
+
+
 def test_a_taken_folder_is_left_alone(photos, config, tmp_path, capsys):
     output = tmp_path / "run"
     assert run(config, output, f"data.root={photos}", "train.epochs=1") == 0

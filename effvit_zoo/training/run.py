@@ -158,9 +158,11 @@ def _prepare(config: RunConfig, num_processes: int) -> tuple[Feed, Classificatio
     model = build_model(config, len(splits.class_names))
     overrides = {"crop_pct": data.crop_pct} if data.crop_pct else {}
     data_config = resolve_data_config(overrides, model=model)
-    if data.img_size is not None:
-        height, width = data.img_size if isinstance(data.img_size, tuple) else (data.img_size, data.img_size)
-        data_config["input_size"] = (in_chans, height, width)
+    size = data.img_size or tuple(data_config["input_size"][1:])
+    data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
+    for key in ("mean", "std"):
+        if len(data_config[key]) != in_chans:  # colour statistics for a network that sees grey
+            data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
     feed = make_feed(splits, config, data_config, num_processes)
     return feed, Classification.from_config(model, len(splits.class_names), config.train, config.augment)
 
