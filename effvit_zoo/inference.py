@@ -5,9 +5,10 @@ is built from the fused model (`timm.models.reparameterize_model`), compared wit
 others in turns.
 
 Candidates, all in float32: plain eager; eager in channels_last; eager with every Linear and Conv2d packed for oneDNN once instead
-of in every call; and `torch.compile` with frozen weights, by itself and with oneDNN in the place of MKL for matrix products. oneDNN
-is chosen by torch's switch for reduced precision ("tf32"): on a processor without such units the products stay exact, and on one
-with them the comparison with the original throws the form out.
+of in every call, with and without the activations behind them computed in the same kernel; and `torch.compile` with frozen
+weights, by itself and with oneDNN in the place of MKL for matrix products. oneDNN is chosen by torch's switch for reduced precision
+("tf32"): on a processor without such units the products stay exact, and on one with them the comparison with the original throws
+the form out.
 """
 
 from __future__ import annotations
@@ -144,6 +145,11 @@ def _packed(model: nn.Module, sample: torch.Tensor) -> Runner:
     return model
 
 
+def _packed_with_activations(model: nn.Module, sample: torch.Tensor) -> Runner:
+    pack(model, sample, activations=True)
+    return model
+
+
 def _compiled(model: nn.Module, sample: torch.Tensor) -> Runner:
     model.to(memory_format=torch.channels_last)
     run = torch.compile(model, options={"freezing": True})
@@ -164,6 +170,7 @@ FORMS: dict[str, Callable[[nn.Module, torch.Tensor], Runner]] = {
     "eager": _eager,
     "channels_last": _channels_last,
     "packed": _packed,
+    "packed with activations": _packed_with_activations,
     "compiled": _compiled,
     "compiled, oneDNN": _compiled_onednn,
 }
@@ -188,9 +195,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
         self.weight, self.bias = linear.weight, linear.bias
+        self.activation, self.algorithm = "none", ""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, self.activation, [], self.algorithm)
 
 
 class PackedConv2d(nn.Module):
@@ -201,13 +209,21 @@ class PackedConv2d(nn.Module):
         self.geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.packed = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.geometry, list(shape))
         self.weight, self.bias = conv.weight, conv.bias
+        self.activation, self.algorithm = "none", ""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, "none", [], "")
+        run = torch.ops.mkldnn._convolution_pointwise
+        return run(x, self.packed, self.bias, *self.geometry, self.activation, [], self.algorithm)
 
 
-def pack(model: nn.Module, sample: torch.Tensor) -> None:
+def pack(model: nn.Module, sample: torch.Tensor, activations: bool = False) -> None:
     """Replaces every Linear and Conv2d that `model(sample)` calls by its packed form, in place.
+
+    Args:
+        model: A model in eval mode.
+        sample: An input of the shape to be fast at.
+        activations: Let a packed layer also do the activation that stands behind it in the same module. Where they stand says
+            nothing for certain of the order they are called in: compare the outputs.
 
     Raises:
         RuntimeError: Where this build of torch lacks the operators.
@@ -232,3 +248,27 @@ def pack(model: nn.Module, sample: torch.Tensor) -> None:
                 setattr(parent, name, PackedLinear(layer, shapes[layer][:-1].numel()))
             elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
                 setattr(parent, name, PackedConv2d(layer, shapes[layer]))
+        if activations:
+            _absorb_activations(parent)
+
+
+def _absorb_activations(parent: nn.Module) -> None:
+    """Moves each activation among a module's children into the packed layer before it, if only idle modules lie between."""
+    packed: PackedLinear | PackedConv2d | None = None
+    for name, child in list(parent.named_children()):
+        if isinstance(child, PackedLinear | PackedConv2d):
+            packed = child
+        elif packed is not None and (fused := _onednn_activation(child)):
+            packed.activation, packed.algorithm = fused
+            setattr(parent, name, nn.Identity())
+            packed = None
+        elif not isinstance(child, nn.Identity | nn.Dropout):
+            packed = None
+
+
+def _onednn_activation(module: nn.Module) -> tuple[str, str] | None:
+    """oneDNN's name and algorithm for an activation module, None for any other module."""
+    if isinstance(module, nn.GELU):
+        return "gelu", module.approximate
+    names = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
+    return (names[type(module)], "") if type(module) in names else None

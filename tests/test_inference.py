@@ -10,7 +10,7 @@ from effvit_zoo import inference
 from effvit_zoo.errors import UserError
 from effvit_zoo.inference import optimize_for_inference
 
-EAGER = ["eager", "channels_last", "packed"]
+EAGER = ["eager", "channels_last", "packed", "packed with activations"]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,19 @@ def test_packing_takes_every_layer(sample):
     with torch.inference_mode():
         inference.pack(net, sample)
         assert [type(layer).__name__ for layer in net] == ["PackedConv2d", "PackedConv2d", "Flatten", "PackedLinear"]
+        torch.testing.assert_close(net(sample), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_activations_behind_a_layer_go_into_its_kernel(sample):
+    acts = [nn.GELU(), nn.GELU(approximate="tanh"), nn.Hardswish(), nn.SiLU(), nn.ReLU()]
+    net = nn.Sequential(
+        *[layer for act in acts for layer in (nn.Conv2d(3, 3, 1), nn.Identity(), act)], nn.Softplus(), nn.ReLU()
+    )
+    expected = net(sample)
+    with torch.inference_mode():
+        inference.pack(net, sample, activations=True)
+        assert [type(layer).__name__ for layer in net[:3]] == ["PackedConv2d", "Identity", "Identity"]
+        assert type(net[-1]) is nn.ReLU
         torch.testing.assert_close(net(sample), expected, rtol=1e-5, atol=1e-6)
 
 
