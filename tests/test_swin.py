@@ -262,21 +262,6 @@ def test_export_of_any_size(fused):
         assert relative_error(program.module()(x), model(x)) < 1e-5
 
 
-@torch.no_grad()
-def test_onnx_of_another_size_with_any_batch(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model = randomise(ours(img_size=(160, 224)))
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(
-        model, (images(160, 224),), path, dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False
-    )
-    x = images(160, 224, batch=3)
-    session = runtime.InferenceSession(path)
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert relative_error(torch.from_numpy(out), model(x)) < 1e-5
-
-
 def test_what_is_remembered_serves_training_and_stays_small(monkeypatch):
     monkeypatch.setattr(window, "_KEPT", {})
     monkeypatch.setattr(window, "_MAX_KEPT", 10)

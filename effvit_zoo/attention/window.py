@@ -219,11 +219,13 @@ def window_attention(
         q = q * scale
     scores = torch.bmm(q, k.transpose(1, 2))  # (M * heads, N, N)
     n, heads, N = bias.shape[0], bias.shape[1], bias.shape[2]
-    scores = (scores.reshape(-1, n, heads, N, N) + bias).reshape(-1, N, N)
-    weights = F.softmax(scores, dim=-1)
+    scores = scores.reshape(-1, n, heads, N, N).add_(bias).reshape(-1, N, N)
+    scores = F.softmax(
+        scores, dim=-1
+    )  # under one name: on large maps the scores are what a block needs most memory for
     if dropout > 0.0:
-        weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v)
+        scores = F.dropout(scores, dropout)
+    return torch.bmm(scores, v)
 
 
 class WindowAttention(nn.Module):

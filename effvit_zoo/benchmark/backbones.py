@@ -11,9 +11,8 @@ import argparse
 import csv
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .. import cost
 from ..errors import UserError
 from ..inference import optimize_for_inference, time_in_turns
 from .host import gemm_gflops
+from .memory import peak_bytes
 
 MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
 MEMORY_SIDE = 1024
@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
     torch.set_num_threads(args.threads)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file has room for the whole table
     rate = gemm_gflops()
     console.print(
         f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         if args.memory:
             rows.append(memory_row(name))
             console.print(
-                f"  {name}: peak at {MEMORY_SIDE} pixels: ours {rows[-1]['ours_mb']:.0f} MB, timm {rows[-1]['timm_mb']:.0f} MB"
+                f"  {name}: peak at {MEMORY_SIDE} pixels: timm {rows[-1]['timm_mb']:.0f} MB, ours {rows[-1]['ours_mb']:.0f}, "
+                f"fused {rows[-1]['fused_mb']:.0f}"
             )
     _print_table(console, rows)
     if args.output:
@@ -144,26 +147,15 @@ def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str
     }
 
 
-_MEMORY_PROBE = """
-import resource, sys, timm, torch, effvit_zoo
-torch.set_num_threads(1)
-model = timm.create_model(sys.argv[1], **({"img_size": int(sys.argv[2])} if "swin" in sys.argv[1] else {})).eval()
-image = torch.randn(1, 3, int(sys.argv[2]), int(sys.argv[2]))
-with torch.inference_mode():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model(image)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
 def memory_row(name: str) -> dict[str, Any]:
-    """Growth of the peak resident memory in a first forward pass of one image, in MB, each model in a process of its own."""
-
-    def probe(model: str) -> float:
-        command = [sys.executable, "-c", _MEMORY_PROBE, model, str(MEMORY_SIDE)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    return {"model": name, "batch": 1, "timm_mb": probe(name), "ours_mb": probe(f"effzoo_{name}")}
+    """The most MB that one image of `MEMORY_SIDE` pixels needs at a time beside weights and result: timm's, ours, ours fused."""
+    theirs, ours = twins(name, MEMORY_SIDE)
+    image = torch.randn(1, 3, MEMORY_SIDE, MEMORY_SIDE)
+    row: dict[str, Any] = {"model": name, "batch": 1}
+    for key, model in {"timm_mb": theirs, "ours_mb": ours, "fused_mb": reparameterize_model(ours)}.items():
+        with torch.inference_mode():
+            row[key] = peak_bytes(partial(model, image)) / 2**20
+    return row
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
