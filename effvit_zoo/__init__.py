@@ -10,9 +10,19 @@ from torch import nn
 from . import models as models
 from .inference import optimize_for_inference as optimize_for_inference
 from .models import swap_attention as swap_attention
+from .models import to_dense as to_dense
+from .models import to_tosa as to_tosa
 from .version import __version__ as __version__
 
-__all__ = ["__version__", "create_model", "list_models", "optimize_for_inference", "swap_attention"]
+__all__ = [
+    "__version__",
+    "create_model",
+    "list_models",
+    "optimize_for_inference",
+    "swap_attention",
+    "to_dense",
+    "to_tosa",
+]
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

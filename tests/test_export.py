@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 import effvit_zoo
 from effvit_zoo.attention import TOKEN_MIXERS
 
-MIXER_FAMILIES = ["vit", "elu_vit", "cosformer_vit", "hydra_vit", "sima_vit"]
+FAMILIES = ["vit", "elu_vit", "cosformer_vit", "hydra_vit", "sima_vit", "tosa_vit"]
 
 
 def check(model, height, width, path):
@@ -57,13 +57,13 @@ def test_backbones_of_any_size_train_a_step_and_export_for_any_batch(name, size,
     check(model.eval(), *size, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("family", MIXER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pico_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_pico", num_classes=5).eval(), 32, 32, tmp_path / "model.onnx")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MIXER_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_small_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_small", num_classes=5).eval(), 224, 224, tmp_path / "model.onnx")
 

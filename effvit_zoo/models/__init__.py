@@ -6,4 +6,7 @@ from . import efficientvit as efficientvit
 from . import isotropic_vit as isotropic_vit
 from . import swiftformer as swiftformer
 from . import swin as swin
+from . import tosa_vit as tosa_vit
 from ._swap import swap_attention as swap_attention
+from .tosa_vit import to_dense as to_dense
+from .tosa_vit import to_tosa as to_tosa

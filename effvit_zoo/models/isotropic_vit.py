@@ -19,151 +19,18 @@ with two overlapping convolutions. After 400 steps of 64 images of Fashion-MNIST
 Layout: tokens (B, N, C), prefix tokens first, then patches in row-major order.
 """
 
-from functools import partial
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Type
 
-import torch
-from timm.layers import LayerNorm2d, LayerScale, PatchEmbed, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention import TOKEN_MIXERS, TokenMixer
 from ..errors import UserError
-from ._base import fold_output_affine, imagenet_cfg
-from ._swap import SHARED, mixers_by_block, place_tokens
+from ._swap import mixers_by_block
+from ._vit import SIZES, IsotropicViT, build_vit, vit_cfgs
+from ._vit import checkpoint_filter_fn as checkpoint_filter_fn
 
-__all__ = ["IsotropicViT"]
-
-
-class ConvStem(nn.Sequential):
-    """Two 3x3 convolutions of stride 2, LayerNorm over the channels and GELU between them: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4).
-
-    Not BatchNorm: a step must not depend on how its images are shared out over processes.
-    """
-
-    def __init__(self, in_chans: int, dim: int, bias: bool = True, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(
-            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
-            LayerNorm2d(dim // 2, eps=1e-6, **dd),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, bias=bias, **dd),
-        )
-
-
-class ConvPatchEmbed(PatchEmbed):
-    """timm's patch embedding with a `ConvStem` as its projection; patches are 4 x 4.
-
-    Raises:
-        ValueError: On another patch size.
-    """
-
-    def __init__(
-        self,
-        img_size: Union[int, Tuple[int, int], None] = 32,
-        patch_size: Union[int, Tuple[int, int]] = 4,
-        in_chans: int = 3,
-        embed_dim: int = 64,
-        norm_layer: Optional[Callable] = None,
-        output_fmt: Optional[str] = None,
-        bias: bool = True,
-        strict_img_size: bool = True,
-        dynamic_img_pad: bool = False,
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        _check_patch_size(patch_size)
-        super().__init__(
-            img_size=img_size,
-            patch_size=4,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            norm_layer=norm_layer,
-            output_fmt=output_fmt,
-            bias=bias,
-            strict_img_size=strict_img_size,
-            dynamic_img_pad=dynamic_img_pad,
-            **dd,
-        )
-        self.proj = ConvStem(in_chans, embed_dim, bias=bias, **dd)  # type: ignore[assignment]
-
-    def set_input_size(
-        self,
-        img_size: Union[int, Tuple[int, int], None] = None,
-        patch_size: Union[int, Tuple[int, int], None] = None,
-    ) -> None:
-        """Changes the image size, in pixels; the patches stay."""
-        _check_patch_size(4 if patch_size is None else patch_size)
-        super().set_input_size(img_size=img_size)
-
-
-def _check_patch_size(patch_size: Union[int, Tuple[int, int]]) -> None:
-    if to_2tuple(patch_size) != (4, 4):
-        raise ValueError(f"the convolutional stem makes patches of 4 x 4 pixels, got patch_size={patch_size}")
-
-
-class IsotropicBlock(Block):
-    """timm's block, whose layer scale can be folded into the projections before it."""
-
-    def fuse(self) -> "IsotropicBlock":
-        """Folds layer scale into the output projections of attention and MLP."""
-        if isinstance(self.ls1, LayerScale):
-            for name in getattr(self.attn, "output_projections", ("proj",)):
-                setattr(self.attn, name, fold_output_affine(getattr(self.attn, name), self.ls1.gamma))
-            self.ls1 = nn.Identity()
-        if isinstance(self.ls2, LayerScale):
-            self.mlp.fc2 = fold_output_affine(self.mlp.fc2, self.ls2.gamma)  # type: ignore[type-var]
-            self.ls2 = nn.Identity()
-        return self
-
-
-def _block_with_own_mixer(
-    block_fn: Callable[..., nn.Module], classes: Mapping[int, Type[TokenMixer]], attn_layer: Any, depth: int, **kwargs
-) -> nn.Module:
-    """Block number `depth` with its mixer of `classes`, or the model's `attn_layer`."""
-    return block_fn(attn_layer=classes.get(depth, attn_layer), depth=depth, **kwargs)
-
-
-class IsotropicViT(VisionTransformer):
-    """timm's VisionTransformer whose mixers may differ from block to block and are told what they cannot see in a row of tokens.
-
-    Args:
-        mixers: Mechanism in `TOKEN_MIXERS` -> list of the blocks that it mixes, negative indices from the end; the others have
-            `attn_layer`.
-        depth: Number of blocks.
-        block_fn: Builds a block.
-        kwargs: timm's.
-
-    Raises:
-        ValueError: For an unknown mechanism or block, one that is named twice, or no fixed grid where a mechanism needs it.
-    """
-
-    def __init__(
-        self,
-        *,
-        mixers: Optional[Mapping[str, Sequence[int]]] = None,
-        depth: int = 12,
-        block_fn: Callable[..., nn.Module] = IsotropicBlock,
-        **kwargs: Any,
-    ) -> None:
-        if mixers:
-            block_fn = partial(_block_with_own_mixer, block_fn, mixers_by_block(mixers, depth))
-        super().__init__(depth=depth, block_fn=block_fn, **kwargs)  # type: ignore[arg-type]
-
-    @torch.jit.ignore
-    def place_tokens(self) -> None:
-        """Tells the mixers that ask for it how many tokens are prefix tokens and how the patches lie."""
-        place_tokens(self)
-
-    def set_input_size(
-        self, img_size: Optional[Tuple[int, int]] = None, patch_size: Optional[Tuple[int, int]] = None
-    ) -> None:
-        """Changes image or patch size, in pixels, and resamples the position embedding."""
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self.place_tokens()
+__all__ = ["HydraViT", "IsotropicViT"]
 
 
 class HydraViT(IsotropicViT):
@@ -195,42 +62,6 @@ class HydraViT(IsotropicViT):
             front = [i for i in range(depth - hydra_layers) if i not in taken]
             mixers["softmax"] = [*mixers.get("softmax", []), *front]
         super().__init__(mixers=mixers, depth=depth, **kwargs)
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionTransformer) -> Dict[str, torch.Tensor]:
-    """Official DeiT keys and those of every ViT checkpoint that timm reads -> ours; ours are unchanged.
-
-    What a plain ViT does not have (layer scale, a mixer's own temperature or convolution) and the checkpoint lacks in every block keeps
-    the model's initial values.
-    """
-    converted = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
-    present = {key.split(".", 2)[-1] for key in converted if key.startswith("blocks.")}
-    for key, value in model.state_dict().items():
-        if key.startswith("blocks.") and key.split(".", 2)[-1] not in present and _is_extra(key):
-            converted[key] = value
-    return converted
-
-
-def _is_extra(key: str) -> bool:
-    """Whether a block's parameter is one that a plain ViT does not have."""
-    module, _, rest = key.split(".", 2)[-1].partition(".")
-    return module in ("ls1", "ls2") or (module == "attn" and rest.partition(".")[0] not in SHARED)
-
-
-SIZES: Dict[str, Dict[str, Any]] = {
-    "pico": {
-        "patch_size": 4,
-        "embed_layer": ConvPatchEmbed,
-        "embed_dim": 64,
-        "depth": 6,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "weight_init": "jax",
-    },
-    "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
-}
 
 
 class Family(NamedTuple):
@@ -282,48 +113,13 @@ FAMILIES: Dict[str, Family] = {
 
 
 def _cfgs(family: Family, size: str) -> Dict[str, Dict[str, Any]]:
-    overrides: Dict[str, Any] = {"first_conv": "patch_embed.proj"}
-    tag = ""
-    if size == "pico":
-        overrides = {"first_conv": "patch_embed.proj.0", "input_size": (3, 32, 32), "crop_pct": 1.0}
-    elif family is FAMILIES["softmax"]:
-        tag = ".fb_in1k"
-        overrides["hf_hub_id"] = f"timm/deit_{size}_patch16_224.fb_in1k"
-    cfg = imagenet_cfg(
-        pool_size=None,
-        fixed_input_size=True,
-        classifier="head",
-        license="apache-2.0",
-        origin_url=family.origin_url,
-        paper_name=family.paper_name,
-        paper_ids=family.paper_ids,
-        **overrides,
-    )
-    return {f"{family.prefix}_{size}{tag}": cfg}
+    paper = {"origin_url": family.origin_url, "paper_name": family.paper_name, "paper_ids": family.paper_ids}
+    return vit_cfgs(f"{family.prefix}_{size}", size, deit_weights=family is FAMILIES["softmax"], **paper)
 
 
 default_cfgs = generate_default_cfgs(
     {name: cfg for family in FAMILIES.values() for size in SIZES for name, cfg in _cfgs(family, size).items()}
 )
-
-
-def build_vit(variant: str, pretrained: bool, model_cls: Type[IsotropicViT] = IsotropicViT, **kwargs: Any) -> nn.Module:
-    """timm's factory for `model_cls`; its mixers are placed before weights are loaded."""
-
-    def assemble(**model_kwargs: Any) -> IsotropicViT:
-        model = model_cls(**model_kwargs)
-        model.place_tokens()
-        return model
-
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        assemble,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
 
 
 def _register(family: Family, mixer: Type[TokenMixer], size: str) -> Callable[..., nn.Module]:
