@@ -23,6 +23,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ._linear import PIECE_ELEMENTS, is_eager_inference
+
+LEAST_ROWS = 32  # fewer at a time cost more in calls than they save
 
 
 def number_selected(attention_ratio: float, num_patches: int) -> int:
@@ -118,7 +121,7 @@ class TokenSelector(nn.Module):
         dd = {"device": device, "dtype": dtype}
         shape, padding, hidden = (1, kernel_size), (0, kernel_size // 2), num_heads * hidden_ratio
         self.conv1 = nn.Conv2d(num_heads, hidden, shape, padding=padding, **dd)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(hidden, num_heads, shape, padding=padding, bias=False, **dd)
 
     def scores(self, maps: torch.Tensor) -> torch.Tensor:
@@ -126,8 +129,14 @@ class TokenSelector(nn.Module):
         return self.conv2(self.act(self.conv1(maps)))
 
     def importance(self, maps: torch.Tensor) -> torch.Tensor:
-        """Importance of each token in the next layer, (B, H, R, L) -> (B, L); in float32 at least, whatever the maps are in."""
-        return token_importance(self.scores(maps).float())
+        """Importance of each token in the next layer, (B, H, R, L) -> (B, L); in float32 at least, whatever the maps are in.
+
+        In eager inference some rows at a time: what lies between the convolutions is the widest tensor of the network on large images.
+        """
+        if torch.jit.is_scripting() or not is_eager_inference(maps, maps, maps):
+            return token_importance(self.scores(maps).float())
+        rows = max(PIECE_ELEMENTS // (maps[:, :1, :1].numel() * self.conv1.out_channels), LEAST_ROWS)
+        return torch.stack([token_importance(self.scores(part).float()) for part in maps.split(rows, dim=2)]).sum(0)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return self.scores(maps).float().log_softmax(dim=-1)
