@@ -1,9 +1,10 @@
-"""Models as folders: save, load, and what travels with the weights.
+"""Models as folders: save, load, push to the Hub and pull from it, and what travels with the weights.
 
 A model folder is timm's own local-dir format: `config.json` (architecture and its arguments, preprocessing, class labels)
 beside `model.safetensors`. What `save` writes, `timm.create_model("local-dir:FOLDER", pretrained=True)` reads with nothing
 but `import effvit_zoo` before it. The key "effvit_zoo" of config.json holds what timm has no place for, e.g. the accuracy
-that was reached; timm's loader passes over it.
+that was reached; timm's loader passes over it. Nothing that comes with a folder or over the wire is run: config.json is checked key by
+key, weights are safetensors, or pickles read as weights only.
 """
 
 from __future__ import annotations
@@ -16,33 +17,27 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import constants, get_session, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    HTTPError,  # that of the client's HTTP library, whichever its version uses
-    RepositoryNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, is_model, split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from . import publish
 from .errors import UserError, unknown_choice
+from .hub_client import FAILURES, explain, fetch, first_line, quiet, require_name
+from .publish import CONFIG, WEIGHTS
+from .publish import require_pushable as require_pushable
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EXTRA_KEY = "effvit_zoo"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # in the order in which timm looks for them
 
 # What building a model from somebody's config and filling it from somebody's weights can raise.
 _BUILD_ERRORS = (
@@ -57,16 +52,49 @@ _BUILD_ERRORS = (
     pickle.UnpicklingError,
 )
 
-_CONFIG_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "architecture": (str, "a name"),
-    "num_classes": (int, "a whole number"),
-    "num_features": (int, "a whole number"),
-    "model_args": (dict, "a mapping"),
-    "pretrained_cfg": (dict, "a mapping"),
-    "label_names": ((list, dict), "a list or mapping"),
-    "label_descriptions": (dict, "a mapping"),
-    EXTRA_KEY: (dict, "a mapping"),
+_Kind = tuple[type | tuple[type, ...], str]
+_ANYTHING: _Kind = (object, "anything")
+_NAME: _Kind = (str, "a name")
+_COUNT: _Kind = (int, "a whole number")
+_NUMBER: _Kind = ((int, float), "a number")
+_MAPPING: _Kind = (dict, "a mapping")
+_LABELS: _Kind = ((list, dict), "a list or mapping")
+_NAMES: _Kind = ((str, list), "a name or a list of names")
+
+_CONFIG_TYPES: dict[str, _Kind] = {
+    "architecture": _NAME,
+    "num_classes": _COUNT,
+    "num_features": _COUNT,
+    "global_pool": _NAME,
+    "model_args": _MAPPING,
+    "pretrained_cfg": _MAPPING,
+    "label_names": _LABELS,
+    "labels": _LABELS,
+    "label_descriptions": _MAPPING,
+    EXTRA_KEY: _MAPPING,
 }
+_WRITTEN_BY_OTHERS = dict.fromkeys(
+    (
+        *("architectures", "do_pooling", "dtype", "torch_dtype", "initializer_range", "model_type", "num_labels"),
+        *("id2label", "label2id", "problem_type", "transformers_version", "_name_or_path"),
+    ),
+    _ANYTHING,
+)
+"""What transformers' `TimmWrapper` adds when it saves; nothing here reads it."""
+
+_CFG_TYPES: dict[str, _Kind] = {
+    **dict.fromkeys(("tag", "interpolation", "crop_mode", "architecture", "license", "description"), _NAME),
+    **dict.fromkeys(("origin_url", "paper_name", "url", "file", "hf_hub_id", "source", "notes"), _NAMES),
+    **dict.fromkeys(("paper_ids", "first_conv", "classifier"), _NAMES),
+    **dict.fromkeys(("num_classes", "label_offset"), _COUNT),
+    **dict.fromkeys(("crop_pct", "test_crop_pct"), _NUMBER),
+    "fixed_input_size": (bool, "true or false"),
+    "pool_size": (list, "two numbers"),
+    "label_names": _LABELS,
+    "label_descriptions": _MAPPING,
+}
+_OLDER_FORM = ("num_features", "global_pool", "model_args", EXTRA_KEY)
+_NOT_FROM_CONFIGS = ("checkpoint_path", "cache_dir")
 
 
 def save(
@@ -106,6 +134,7 @@ def save(
     writing.mkdir(parents=True)
     try:
         save_config_for_hf(model, str(writing / CONFIG), model_config=config, data_config=dict(data_config or {}))
+        _tell_classes_once(writing / CONFIG)
         _refuse_altered(model, writing)
         # safetensors takes row-major tensors only; of a channels_last model none of the convolutions is
         tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
@@ -140,12 +169,101 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
         pretrained = brings_weights(resolved)
     if not resolved.startswith((LOCAL, HUB)):
         return _create(resolved, pretrained, kwargs)
-    config = read_config(resolved)
+    path, shown = _config_path(resolved)
+    config = _checked_config(path, shown)
+    if resolved.startswith(HUB):
+        # By commit, so that weights and config belong together whatever is pushed meanwhile.
+        repo, commit = _hub_place(resolved)[0], path.parent.name
+        resolved = f"{HUB}{repo}@{commit}"
+        if pretrained:
+            fetch(repo, WEIGHTS_FILES, commit)
     num_classes = kwargs.get("num_classes")
     if pretrained and num_classes is not None and num_classes != config.get("num_classes"):
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
-        _create(resolved, pretrained, {key: value for key, value in kwargs.items() if key != "num_classes"})
-    return _create(resolved, pretrained, kwargs)
+        _create(resolved, pretrained, {key: value for key, value in kwargs.items() if key != "num_classes"}, name)
+    return _create(resolved, pretrained, kwargs, name)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Publishes a model folder on the Hub with a card, as one commit. The folder isn't changed.
+
+    Args:
+        folder: A model folder, or a run folder, of which `best/` is meant. What the run recorded goes along under `training/`.
+        repo_id: USER/NAME; created where it doesn't exist.
+        private: Whether the repository shall be private; an existing one must be so already. None: as it is, or the account's default.
+        revision: Branch to push to, created where it doesn't exist; None for the main one.
+        license: Of the weights, an identifier of the Hub such as "apache-2.0". None: what the card can know, else none is stated.
+        message: Of the commit.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: The folder isn't a loadable model in its training form, holds a token, or the Hub refuses; the message says
+            what is on the Hub afterwards.
+    """
+    folder = _model_folder(Path(str(folder).removeprefix(LOCAL)))
+    require_name(repo_id)
+    with publish.prepared(folder, license) as copy:
+        _checked_config(copy / CONFIG, folder / CONFIG)
+        try:
+            load(copy)
+        except UserError as error:
+            reason = str(error).replace(str(copy), str(folder))
+            raise UserError(f"{reason}; only a whole model in its training form is pushed, not a fused one") from error
+        return publish.publish(copy, repo_id, private=private, revision=revision, license=license, message=message)
+
+
+def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
+    """Copies a model from the Hub into a new folder, after everything in it was checked; needs no network for what is cached.
+
+    Args:
+        repo_id: USER/NAME, also as `hf-hub:USER/NAME[@REVISION]`.
+        folder: Where to; must not exist, or be empty. None: NAME, in the current folder.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Returns:
+        The folder's absolute path: a model folder with the card and the records of its training, where there are any.
+
+    Raises:
+        UserError: The folder exists, there is no such model, it is damaged, malformed or not in the safetensors format,
+            or the Hub fails. There is no folder then.
+        OSError: A disk fails.
+    """
+    repo, given = _hub_place(repo_id)
+    require_name(repo)
+    revision = revision or given
+    folder = Path(folder if folder is not None else repo.partition("/")[2]).expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: name another output")
+    commit = fetch(repo, [CONFIG], revision).parent.name
+    found = publish.download(repo, commit)
+    writing = folder.with_name(f".{folder.name}.pulling")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        for name, path in found.items():
+            (writing / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, writing / name)
+        _checked_config(writing / CONFIG, f"{HUB}{repo}/{CONFIG}")
+        try:
+            load(writing)
+        except UserError as error:
+            raise UserError(str(error).replace(str(writing), f"{HUB}{repo}")) from error
+        if folder.exists():
+            folder.rmdir()
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return folder
 
 
 def resolve_name(name: str | Path) -> str:
@@ -185,27 +303,64 @@ def read_config(name: str | Path) -> dict[str, Any]:
     Raises:
         UserError: Not there, not JSON, of an unknown architecture, or with values of the wrong kind.
     """
-    resolved = resolve_name(name)
-    source, colon, place = resolved.partition(":")
-    if not colon:
+    return _checked_config(*_config_path(resolve_name(name)))
+
+
+def _config_path(resolved: str) -> tuple[Path, str]:
+    """Where the config.json of a folder or a model on the Hub lies on this machine, and what to call it in messages."""
+    if resolved.startswith(LOCAL):
+        path = Path(resolved.removeprefix(LOCAL)) / CONFIG
+        return path, str(path)
+    if not resolved.startswith(HUB):
         raise UserError(f"expected a model folder or {HUB}USER/NAME, got the model name {resolved}")
-    path = Path(place) / CONFIG if source + colon == LOCAL else _download_config(place)
-    where = path if source + colon == LOCAL else f"{resolved}/{CONFIG}"
+    repo, revision = _hub_place(resolved)
+    return fetch(repo, [CONFIG], revision), f"{resolved}/{CONFIG}"
+
+
+def _hub_place(name: str) -> tuple[str, str | None]:
+    """Repository and revision of `[hf-hub:]USER/NAME[@REVISION]`. Raises `UserError`."""
+    repo, at, revision = name.removeprefix(HUB).partition("@")
+    try:
+        require_name(repo)
+    except UserError:
+        raise UserError(f"{name} is not a name on the Hub: expected {HUB}USER/NAME[@REVISION]") from None
+    if at and not revision:
+        raise UserError(f"{name} names no revision behind the @")
+    return repo, revision or None
+
+
+def _checked_config(path: Path, where: object) -> dict[str, Any]:
+    """The content of a config.json after every check that needs no weights. Raises `UserError`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{where}: expected a mapping, got {type(config).__name__}")
-    for key, (kind, described) in _CONFIG_TYPES.items():
-        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
-            raise UserError(f"{where}: {key} is {_short(config[key])}, expected {described}")
+    if "pretrained_cfg" in config:
+        _check_keys(config, _CONFIG_TYPES | _WRITTEN_BY_OTHERS, "key", where)
     if "architecture" not in config:
         raise UserError(f"{where} names no architecture: it is not a timm model's config")
+    if not isinstance(config["architecture"], str):
+        raise UserError(f"{where}: architecture is {_short(config['architecture'])}, expected a name")
     if not is_model(config["architecture"]):
         unknown = unknown_choice("architecture", config["architecture"], _known_models(config["architecture"]))
-        raise UserError(f"{where}: {unknown}")
-    _check_pretrained_cfg(config.get("pretrained_cfg", {}), where)
+        hint = "" if "did you mean" in str(unknown) else "; a package that defines it has to be imported first"
+        raise UserError(f"{where}: {unknown}{hint}")
+    names = config.get("label_names")
+    if isinstance(names, dict) and not all(key.isdecimal() for key in names):
+        raise UserError(f"{where}: label_names is {_short(names)}, expected numbers of classes as its keys")
+    if config.get("pretrained_cfg") is not None:
+        cfg = config["pretrained_cfg"]
+    else:  # timm's older form, in which all is one mapping
+        cfg = {key: value for key, value in config.items() if key not in _OLDER_FORM}
+    _check_pretrained_cfg(cfg, where)
+    args = config.get("model_args") or {}
+    for key in args:
+        if key.startswith("pretrained") or key in _NOT_FROM_CONFIGS:
+            raise UserError(f"{where}: model_args may not hold {key!r}, it decides over what is loaded")
+    if "num_classes" in config and args.get("num_classes", config["num_classes"]) != config["num_classes"]:
+        raise UserError(f"{where}: num_classes is {config['num_classes']}, in model_args {args['num_classes']}")
     return config
 
 
@@ -242,87 +397,62 @@ def _model_folder(path: Path) -> Path:
     raise UserError(f"{path} is not a model folder: it has no {CONFIG}")
 
 
-def _download_config(model_id: str) -> Path:
-    repo, _, revision = model_id.partition("@")
-    try:
-        _require_hub(repo)
-        with _quiet_hub():
-            return Path(hf_hub_download(repo, CONFIG, revision=revision or None))
-    except HFValidationError:
-        raise UserError(f"{HUB}{model_id} is not a name on the Hub: expected {HUB}USER/NAME") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{HUB}{model_id} is not on the Hub, or it is private and needs a token") from None
-    except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # not in the cache, and the Hub did not answer
-            raise UserError(f"cannot reach the Hub for {HUB}{model_id}, and it is not in the cache") from None
-        raise UserError(f"{HUB}{model_id} has no {CONFIG}") from None
-    except (OSError, HTTPError) as error:
-        raise UserError(f"cannot get {HUB}{model_id}: {_first_line(error)}") from None
-
-
-def _require_hub(repo: str) -> None:
-    """Raises `UserError` at once where a repository is not in the cache and the Hub doesn't answer: its client would go
-    on trying for most of a minute."""
-    if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")).exists():
-        return
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{repo} is not in the Hub's cache, and HF_HUB_OFFLINE is set")
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except (OSError, HTTPError) as error:
-        raise UserError(f"cannot reach {constants.ENDPOINT} for {repo}: {_first_line(error)}") from None
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keeps the Hub client's own warnings (retries, rate limits) off stderr: what fails is said once, by us."""
-    level = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
+def _check_keys(content: Mapping[str, Any], table: Mapping[str, _Kind], kind: str, where: object) -> None:
+    """Raises `UserError` for keys that aren't in a table and values of another type than it says; null is no value."""
+    for key, value in content.items():
+        if key not in table:
+            raise UserError(f"{where}: {unknown_choice(kind, key, list(table))}")
+        types, described = table[key]
+        is_other_bool = isinstance(value, bool) and types not in (bool, object)  # True is an int for Python
+        if value is not None and (is_other_bool or not isinstance(value, types)):
+            raise UserError(f"{where}: {key} is {_short(value)}, expected {described}")
 
 
 def _check_pretrained_cfg(cfg: dict[str, Any], where: object) -> None:
-    known = [field.name for field in fields(PretrainedCfg)]
-    for key in cfg:
-        if key not in known:
-            raise UserError(f"{where}: {unknown_choice('key of pretrained_cfg', key, known)}")
-    for key, length in {"input_size": 3, "mean": None, "std": None}.items():
+    """Raises `UserError` for a pretrained_cfg that timm would stumble over or that reaches for other files than ours."""
+    table = {field.name: _CFG_TYPES.get(field.name, _ANYTHING) for field in fields(PretrainedCfg)}
+    _check_keys(cfg, table | {"labels": _LABELS}, "key of pretrained_cfg", where)
+    for key in ("state_dict", "hf_hub_filename"):  # custom_load counts only with the latter
+        if cfg.get(key):
+            raise UserError(f"{where}: {key} is {_short(cfg[key])}: weights are read from {WEIGHTS} only")
+    for key, length in {"input_size": 3, "test_input_size": 3, "min_input_size": 3, "mean": None, "std": None}.items():
         value = cfg.get(key)
         if value is None:
             continue
-        if not isinstance(value, list) or not all(isinstance(v, int | float) and v > 0 for v in value):
+        if not isinstance(value, list) or not all(_is_number(v) and v > 0 for v in value):
             raise UserError(f"{where}: {key} is {_short(value)}, expected positive numbers")
         if length and len(value) != length:
             raise UserError(f"{where}: {key} is {_short(value)}, expected {length} numbers")
 
 
-def _create(resolved: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-    """`timm.create_model`, each failure as one line."""
-    folder = Path(resolved.removeprefix(LOCAL)) if resolved.startswith(LOCAL) else None
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _create(resolved: str, pretrained: bool, kwargs: Mapping[str, Any], shown: str | Path | None = None) -> nn.Module:
+    """`timm.create_model`, each failure as one line that names the model as `shown`."""
+    what = f"cannot load {resolved.removeprefix(LOCAL) if shown is None or resolved.startswith(LOCAL) else shown}"
     try:
-        if pretrained and (repo := _weights_repo(resolved, kwargs)):
-            _require_hub(repo)
-        with _quiet_hub():
+        if pretrained and not resolved.startswith((LOCAL, HUB)):
+            _fetch_published(resolved, kwargs)
+        with quiet():
             return timm.create_model(resolved, pretrained=pretrained, **kwargs)
     except UserError:
         raise
-    except (OSError, HTTPError) as error:
-        raise UserError(f"cannot load {folder or resolved}: {_first_line(error)}") from error
+    except FAILURES as error:
+        raise UserError(f"{what}: {explain(error)}") from error
     except _BUILD_ERRORS as error:
-        raise UserError(f"cannot load {folder or resolved}: {_explain(error)}") from error
+        raise UserError(f"{what}: {_explain(error)}") from error
 
 
-def _weights_repo(resolved: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The repository on the Hub that a model's weights come from, if they do."""
-    if resolved.startswith(HUB):
-        return resolved.removeprefix(HUB).partition("@")[0]
-    if resolved.startswith(LOCAL) or kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
-        return None
-    cfg = timm.models.get_pretrained_cfg(resolved)
-    return cfg.hf_hub_id if cfg and not cfg.file else None
+def _fetch_published(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Gets the weights that belong to a registered name from the Hub, if they are there, and checks them."""
+    if kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+        return
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg and cfg.hf_hub_id and not cfg.file:
+        repo, _, revision = cfg.hf_hub_id.partition("@")
+        fetch(repo, [cfg.hf_hub_filename] if cfg.hf_hub_filename else WEIGHTS_FILES, revision or None)
 
 
 def _explain(error: Exception) -> str:
@@ -332,11 +462,16 @@ def _explain(error: Exception) -> str:
         return f"the weights file is damaged or incomplete ({text})"
     if "Error(s) in loading state_dict" in text:
         return f"the weights don't fit the model: {_explain_mismatch(text)}"
+    refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
+    if isinstance(refused, pickle.UnpicklingError):
+        asked = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(refused))
+        wants = f"asks for {asked.group(1)}" if asked else "holds more than tensors"
+        return f"its weights are a pickle that {wants}: refused by weights_only, nothing was run"
     if isinstance(error, TypeError) and (unexpected := re.search(r"unexpected keyword argument '(\w+)'", text)):
         return f"the model takes no argument {unexpected.group(1)!r}"
     if isinstance(error, LookupError):
         return f"its config or weights lack {text}"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _explain_mismatch(text: str) -> str:
@@ -359,11 +494,6 @@ def _explain_mismatch(text: str) -> str:
         if items
     ]
     return "; ".join(parts) or " ".join(text.split())[:300]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _short(value: object) -> str:
@@ -394,6 +524,13 @@ def _model_config(
             raise ValueError(f"extra must hold JSON values only: {error}") from None
         config[EXTRA_KEY] = dict(extra)
     return config
+
+
+def _tell_classes_once(path: Path) -> None:
+    """Takes num_classes out of a config's model_args: timm has it from beside them, and transformers passes both on, which fails."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _refuse_altered(model: nn.Module, folder: Path) -> None:
