@@ -152,6 +152,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                         raise
                     raise _mismatch(hint, value, where) from None
     if origin is typing.Literal:
+        if value is False and "no" in arguments:
+            return "no"  # which YAML reads as a truth value
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         raise UserError(f"config key {where}: got {value!r}, expected one of {', '.join(map(str, arguments))}")

@@ -277,7 +277,7 @@ def test_two_processes_equal_one(photos, tmp_path):
     settings = [
         *SMALL,
         f"data.root={photos}",
-        "train.epochs=3",
+        "train.epochs=10",  # of 5 steps
         "optim.name=sgd",
         "optim.lr=0.05",
         "augment.scale=[0.5,1.0]",
@@ -295,4 +295,7 @@ def test_two_processes_equal_one(photos, tmp_path):
         for name in runs
     )
     np.testing.assert_allclose(two, one, rtol=1e-4)
+    weights = [load_file(tmp_path / name / "last/model.safetensors") for name in runs]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "two/summary.json").read_text())["processes"] == 2

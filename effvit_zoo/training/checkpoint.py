@@ -8,6 +8,7 @@ accelerate with weights_only.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 
@@ -44,6 +46,9 @@ class RunState:
     """Wall-clock time of the run, summed over its sittings."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """Unreadable files and the reasons."""
+    skipped_steps: int = 0
+    """Steps that changed nothing, because their loss was not finite."""
+    skipped_in_a_row: int = 0
 
 
 def find_checkpoint(run: Path) -> Path | None:
@@ -53,7 +58,24 @@ def find_checkpoint(run: Path) -> Path | None:
 
 
 def save_checkpoint(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: RunState, keep: int) -> Path:
-    """Writes `checkpoints/step-N` and removes all but the newest `keep`. Call it on every process, with equal states."""
+    """Writes `checkpoints/step-N` and removes all but the newest `keep`. Call it on every process, with equal states.
+
+    Raises:
+        UserError: The disk is full or not writable; the checkpoints that were there still are.
+    """
+    try:
+        return _write(run, accelerator, ema, state, keep)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(run / "checkpoints" / "writing", ignore_errors=True)
+        last = find_checkpoint(run)
+        free = shutil.disk_usage(run).free // 2**20
+        raise UserError(
+            f"cannot write a checkpoint of step {state.step} into {run}: {' '.join(str(error).split())[:200]} ({free} MiB free); "
+            f"{f'the last good one is {last.name}: make room and go on with --resume {run}' if last else 'there is none yet'}"
+        ) from error
+
+
+def _write(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: RunState, keep: int) -> Path:
     folder = run / "checkpoints"
     target, writing = folder / f"step-{state.step:08d}", folder / "writing"
     if accelerator.is_main_process:
@@ -67,6 +89,10 @@ def save_checkpoint(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None,
                 {key: value.contiguous() for key, value in ema.module.state_dict().items()}, writing / "ema.safetensors"
             )
         (writing / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        for path in writing.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # some disks say only now that they are full
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(target, ignore_errors=True)

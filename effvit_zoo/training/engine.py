@@ -7,6 +7,7 @@ two processes equal one.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from contextlib import nullcontext
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from timm.utils import ModelEmaV3
+from accelerate.utils import DistributedType, broadcast, gather_object
+from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from ..errors import UserError
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .evaluation import Evaluation, evaluate
+from .freezing import FrozenBackbone
+from .guards import BufferKeeper, SigtermWatch, save_batches, watched_loader
 from .loader import Batch, Feed, seed_everything
 from .optim import make_optimizer, make_scheduler
 from .report import write_figures, write_metrics
@@ -59,8 +62,9 @@ def fit(
         checkpoint: A checkpoint folder of the same run to go on from.
 
     Raises:
-        UserError: For a checkpoint that doesn't fit, a training set without a readable image, or an unreadable file with
-            `on_bad_file: raise`.
+        UserError: For a checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
+            `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
+        SystemExit: With code 0, after a SIGTERM and the checkpoint that it asks for.
     """
     return _Run(task, feed, config, accelerator, folder, checkpoint).finish()
 
@@ -73,11 +77,24 @@ class _Run:
     ):
         self.task, self.feed, self.config, self.accelerator, self.folder = task, feed, config, accelerator, folder
         train = config.train
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and train.ema_decay:
+            raise UserError(
+                f"train.ema_decay is {train.ema_decay}, expected 0 with FSDP, which cuts weights into shards"
+            )
+        self.whole = copy.deepcopy(task.model).to("meta") if self.sharded else None  # to put gathered shards into
         self.plain = task.model.to(accelerator.device)  # what is saved; `task.model` becomes its wrapped form
         if train.channels_last:
             self.plain.to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.plain, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
         optimizer = make_optimizer(self.plain, config.optim)
+        self.freezer = None
+        if train.freeze_epochs:
+            until_step = train.freeze_epochs * feed.steps_per_epoch
+            self.freezer = FrozenBackbone(self.plain, until_step, wrapped=accelerator.num_processes > 1)
+        self.keeper = BufferKeeper(self.plain)
+        self.sigterm = SigtermWatch()
+        self.stop_now = False  # SIGTERM reached one of the processes
         if train.compile:
             self.plain.compile()
         task.model, self.optimizer = accelerator.prepare(self.plain, optimizer)
@@ -100,40 +117,56 @@ class _Run:
         self.step_seconds = 0.0
 
     def finish(self) -> FitResult:
-        batches = iter(self.feed.train_batches(self.accelerator.process_index, self.state.step, self.total_steps))
-        per_epoch = self.feed.steps_per_epoch
-        with tqdm(
-            total=self.total_steps,
-            initial=self.state.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} to go{postfix}",
-        ) as bar:
-            while self.state.step < self.total_steps:
-                epoch = self.state.step // per_epoch
-                bar.set_description_str(f"epoch {epoch + 1}/{self.config.train.epochs}", refresh=False)
+        state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
+        process = self.accelerator.process_index
+        batches = watched_loader(self.feed.train_batches(process, state.step, self.total_steps))
+        with (
+            self.sigterm,
+            tqdm(
+                total=self.total_steps,
+                initial=state.step,
+                unit="step",
+                disable=not self.accelerator.is_main_process,
+                dynamic_ncols=True,
+                smoothing=0.05,
+                mininterval=0.2 if sys.stderr.isatty() else 5.0,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} to go{postfix}",
+            ) as bar,
+        ):
+            while True:
+                epochs, steps_into_epoch = divmod(state.step, per_epoch)
+                if steps_into_epoch == 0 and len(state.history) < epochs:
+                    line = self._end_epoch(epochs - 1)
+                    if self.accelerator.is_main_process:
+                        bar.write(line)
+                    self._save_checkpoint()
+                if self._is_through():
+                    break
+                bar.set_description_str(f"epoch {epochs + 1}/{self.config.train.epochs}", refresh=False)
                 step_started = time.perf_counter()
                 loss, top1 = self._optimizer_step(batches)
                 self.step_seconds += time.perf_counter() - step_started
                 self._show(bar, loss, top1)
-                if self.state.step % per_epoch == 0:
-                    line = self._end_epoch(epoch)
-                    if self.accelerator.is_main_process:
-                        bar.write(line)
-                    self._save_checkpoint()
-                elif self.config.train.checkpoint_steps and self.state.step % self.config.train.checkpoint_steps == 0:
+                if self.stop_now:
+                    self._leave(bar)
+                if checkpoint_steps and state.step % checkpoint_steps == 0 and state.step % per_epoch:
                     self._save_checkpoint()
         if self.accelerator.is_main_process:
             self._draw()
-        rate = (
-            self.images_this_sitting / self.step_seconds
-            if self.step_seconds
-            else self.state.history[-1]["images_per_second"]
-        )
-        return FitResult(self.state, self.validated_model, rate)
+        return FitResult(state, self.validated_model, self._rate())
+
+    def _is_through(self) -> bool:
+        state, patience = self.state, self.config.train.patience
+        stalled = bool(state.history) and len(state.history) - state.best_epoch >= patience > 0
+        return state.step >= self.total_steps or stalled
+
+    def _leave(self, bar: tqdm) -> None:
+        """Ends the process well: clusters send SIGTERM before they take a machine away."""
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            bar.write(f"SIGTERM: stopped after step {self.state.step}; --resume {self.folder} goes on from there")
+        self.accelerator.end_training()
+        raise SystemExit(0)
 
     @property
     def validated_model(self) -> nn.Module:
@@ -144,9 +177,14 @@ class _Run:
         train, accelerator = self.config.train, self.accelerator
         step = self.state.step
         before = self.sums.clone()
+        self.keeper.keep()
         self.task.model.train()
+        if self.freezer is not None:
+            self.freezer.before_step(step)
+        step_batches: list[Batch] = []
         for micro in range(train.grad_accum):
             batch = self._to_device(next(batches))
+            step_batches.append(batch)
             images = len(batch["target"])
             weight = images * accelerator.num_processes / self.feed.step_size(step)
             seed_everything(train.seed, step, micro, accelerator.process_index)
@@ -156,17 +194,66 @@ class _Run:
                 accelerator.backward(loss * weight)
             top1 = metrics.get("top1", torch.zeros_like(loss))
             self.sums += images * torch.stack([torch.ones_like(loss), loss.detach(), top1]).double()
-        if self.config.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.task.model.parameters(), self.config.optim.clip_grad)
-        self.optimizer.step()
+        if self.freezer is not None:
+            self.freezer.after_backward(step)
+        norm = self._clip_gradients()
+        images_seen, loss_sum, top1_sum = (self.sums - before).unbind()
+        bad = self._agree(loss_sum if norm is None else loss_sum + norm)
+        if (
+            not bad or train.precision == "fp16"
+        ):  # in fp16 the gradient scaler leaves out the step itself, and learns from it
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step = step + 1
         self.scheduler.step_update(self.state.step)
-        if self.ema is not None:
-            self.ema.update(self.plain, step=self.state.step)
+        if bad:
+            self.sums = before
+            self._take_back(step_batches, loss_sum / images_seen)
+        else:
+            self.state.skipped_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update(self.plain, step=self.state.step)
         self.images_this_sitting += self.feed.step_size(step)
-        images_seen, loss_sum, top1_sum = (self.sums - before).unbind()
         return loss_sum / images_seen, top1_sum / images_seen
+
+    def _clip_gradients(self) -> Tensor | None:
+        """Clips as `optim.clip_mode` says; the gradient norm where that is known and says whether the step is sound."""
+        optim, parameters = self.config.optim, self.task.model.parameters()
+        if optim.clip_grad is None:
+            return None
+        if optim.clip_mode == "norm":
+            norm = self.accelerator.clip_grad_norm_(parameters, optim.clip_grad)
+            return None if self.config.train.precision == "fp16" else norm  # infinite now and then by design
+        self.accelerator.unscale_gradients()
+        if optim.clip_mode == "value":
+            nn.utils.clip_grad_value_(parameters, optim.clip_grad)
+        else:
+            adaptive_clip_grad(parameters, optim.clip_grad)
+        return None
+
+    def _agree(self, number: Tensor) -> bool:
+        """Whether the number is infinite or NaN on any process; notes too whether one got a SIGTERM."""
+        bad, stop = not bool(torch.isfinite(number)), self.sigterm.received
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([bad, stop], dtype=torch.float32, device=self.accelerator.device)
+            bad, stop = (count > 0 for count in self.accelerator.reduce(flags, "sum").tolist())
+        self.stop_now = stop
+        return bad
+
+    def _take_back(self, batches: list[Batch], loss: Tensor) -> None:
+        """Makes a step with a bad loss undone; stops the run when there were too many in a row."""
+        state, most = self.state, self.config.train.max_bad_steps
+        self.keeper.take_back()
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        if self.accelerator.is_main_process:
+            tqdm.write(f"skipped step {state.step}: its loss or gradient is not finite (loss {loss.item():.3g})")
+        if state.skipped_in_a_row >= most:
+            path = save_batches(self.folder, state.step, self.accelerator.process_index, batches)
+            raise UserError(
+                f"the loss or its gradient was not finite in {most} steps in a row, the last is step {state.step}; "
+                f"its batch is in {path}: a lower optim.lr, optim.clip_grad or train.precision bf16 instead of fp16 may help"
+            )
 
     def _to_device(self, batch: Batch) -> Batch:
         self._note_bad(batch["bad"])
@@ -203,6 +290,12 @@ class _Run:
             }
             self.accelerator.log(values, step=self.state.step)
 
+    def _rate(self) -> float:
+        """Training images per second of this sitting, or of the last epoch where it has trained nothing."""
+        if self.step_seconds:
+            return self.images_this_sitting / self.step_seconds
+        return self.state.history[-1]["images_per_second"] if self.state.history else 0.0
+
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
@@ -222,7 +315,7 @@ class _Run:
             "val_loss": result.loss,
             "top1": result.top1,
             "top5": result.top5,
-            "images_per_second": self.images_this_sitting / self.step_seconds,
+            "images_per_second": self._rate(),
             "seconds": self._seconds(),
         }
         state.history.append(row)
@@ -235,14 +328,16 @@ class _Run:
                 "top1": result.top1,
                 "top5": result.top5,
                 "confusion": result.confusion.tolist(),
+                "mistakes": [list(mistake) for mistake in result.mistakes],
             }
         self.accelerator.log(
             {f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step")}, step=state.step
         )
+        saved = self._unsharded()
         if self.accelerator.is_main_process:
             for name in ("best", "last") if better else ("last",):
                 hub.save(
-                    self.validated_model,
+                    saved,
                     self.folder / name,
                     label_names=self.feed.class_names,
                     data_config=self.feed.data_config,
@@ -263,6 +358,16 @@ class _Run:
             f"epoch {epoch + 1:3d}/{self.config.train.epochs}: train loss {row['train_loss']:.3f}, top-1 {row['train_top1']:.1f} % | "
             f"validation loss {result.loss:.3f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.1f} %{' (best so far)' if better else ''}"
         )
+
+    def _unsharded(self) -> nn.Module:
+        """What to save. FSDP's shards are gathered on the main process; call it on every one."""
+        if self.whole is None:
+            return self.validated_model
+        weights = self.accelerator.get_state_dict(self.task.model)
+        if self.accelerator.is_main_process:
+            self.whole = self.whole.to_empty(device="cpu")
+            self.whole.load_state_dict(weights)
+        return self.whole
 
     def _validate(self) -> Evaluation:
         model = self.validated_model

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
+
+WORST = 24  # mistakes that are kept to be looked at
+
+Mistake = tuple[float, int, int, int]  # probability of the wrong class, index of the image, true class, predicted class
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured over `images` images: mean cross entropy, top1 and top5 in percent, confusion counts (true, predicted class)."""
+    """Measured over `images` images: mean cross entropy, top1 and top5 in percent, confusion counts (true, predicted class),
+    and the wrong answers that the model was surest of."""
 
     images: int
     loss: float
@@ -26,22 +31,35 @@ class Evaluation:
     top5: float
     confusion: np.ndarray
     seconds: float
+    mistakes: list[Mistake] = field(default_factory=list)
 
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Per class: images, recall (= accuracy within the class) and precision in percent; None where there is nothing to divide by."""
-        hits, true, predicted = np.diag(self.confusion), self.confusion.sum(1), self.confusion.sum(0)
-        return [
+        """As `per_class` of the confusion counts."""
+        return per_class(self.confusion)
+
+
+def per_class(confusion: np.ndarray) -> list[dict[str, Any]]:
+    """Per class: images, recall (= accuracy within the class), precision and F1 in percent; None where there is nothing to divide by.
+
+    Args:
+        confusion: (C, C) counts, rows are true classes.
+    """
+    hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    rows = []
+    for hit, images, named in zip(hits.tolist(), true.tolist(), predicted.tolist(), strict=True):
+        rows.append(
             {
-                "images": int(true[index]),
-                "recall": 100 * int(hits[index]) / int(true[index]) if true[index] else None,
-                "precision": 100 * int(hits[index]) / int(predicted[index]) if predicted[index] else None,
+                "images": images,
+                "recall": 100 * hit / images if images else None,
+                "precision": 100 * hit / named if named else None,
+                "f1": 200 * hit / (images + named) if images + named else None,
             }
-            for index in range(len(hits))
-        ]
+        )
+    return rows
 
 
 def evaluate(
@@ -66,6 +84,9 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # images, loss, top-1 hits, top-5 hits
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=accelerator.device)
+    worst = torch.full(
+        (WORST, 4), -1.0, dtype=torch.float64, device=accelerator.device
+    )  # rows as `Mistake`, -1 for none
     start = time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():
         for batch in batches:
@@ -87,10 +108,12 @@ def evaluate(
                     hits.sum(),
                 ]
             )
+            worst = _worst_of(worst, logits, ranked[:, 0], target, batch["index"])
             cells = target * num_classes + ranked[:, 0].clamp_max(num_classes - 1)
             confusion += torch.bincount(cells, minlength=num_classes * num_classes)
     sums = accelerator.reduce(sums, "sum")
     confusion = accelerator.reduce(confusion, "sum")
+    worst = accelerator.gather(worst)
     model.train(was_training)
     images, loss, top1, top5 = sums.tolist()
     if not images:
@@ -102,4 +125,18 @@ def evaluate(
         top5=100 * top5 / images,
         confusion=confusion.reshape(num_classes, num_classes).cpu().numpy(),
         seconds=time.perf_counter() - start,
+        mistakes=[
+            (share, int(index), int(true), int(predicted))
+            for share, index, true, predicted in sorted(worst.tolist(), reverse=True)[:WORST]
+            if share >= 0
+        ],
     )
+
+
+def _worst_of(worst: Tensor, logits: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> Tensor:
+    """The surest mistakes (WORST, 4) among those so far and a batch's; nothing is read back from the device."""
+    share = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+    share = torch.where(predicted == target, -1.0, share)
+    rows = torch.stack([column.double() for column in (share, index.to(share.device), target, predicted)], dim=1)
+    rows = torch.cat([worst, rows])
+    return rows[rows[:, 0].topk(WORST).indices]

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import parse_flag_from_env
 
 _RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHERS = ("launch", "accelerate-launch", "launch.py", "accelerate.commands.launch")
@@ -37,6 +41,20 @@ def start_missing_processes() -> None:
             f"--master_port={port}",
         ]
         os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def process_state() -> PartialState:
+    """accelerate's view of this process among the others; `Accelerator` would start it alike, `PartialState()` overlooks `--cpu`."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Whatever runs of several processes are trained inside, their connection is closed at the end."""
+    try:
+        yield
+    finally:
+        process_state().destroy_process_group()
 
 
 def _requested_processes() -> int:

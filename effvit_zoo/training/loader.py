@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -25,7 +26,7 @@ from ..images import BadImage
 from .config import RunConfig
 from .data import DataSplits, ImageSource, Source, StreamSource
 
-Key = tuple[int, int]  # (epoch, index)
+Key = tuple[int, ...]  # (epoch, index), and with repeated augmentation which copy of the image it is
 Batch = dict[str, Any]  # as `collate` makes it
 
 
@@ -72,6 +73,8 @@ class BatchPlan:
         num_processes: Processes that share a step.
         grad_accum: Micro-batches per optimizer step.
         seed: Seed of the order; None keeps the source's order.
+        repeats: Copies of each image side by side in the order; an epoch then has so many times fewer different images. timm's
+            `RepeatAugSampler` as a function of the seed: what differs is that an epoch isn't rounded down to 256 images.
     """
 
     num_images: int
@@ -79,6 +82,7 @@ class BatchPlan:
     num_processes: int = 1
     grad_accum: int = 1
     seed: int | None = None
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         pieces = self.num_processes * self.grad_accum
@@ -111,13 +115,17 @@ class BatchPlan:
             for micro in range(self.grad_accum):
                 micro_low, micro_high = self._bounds(micro, high - low, self.grad_accum)
                 own_low, own_high = self._bounds(process, micro_high - micro_low, self.num_processes)
-                begin = low + micro_low
-                yield [(epoch, int(index)) for index in order[begin + own_low : begin + own_high]]
+                places = range(low + micro_low + own_low, low + micro_low + own_high)
+                if self.repeats == 1:
+                    yield [(epoch, int(order[place])) for place in places]
+                else:
+                    yield [(epoch, int(order[place]), place % self.repeats) for place in places]
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(self.num_images)
-        return np.random.default_rng(mix_seed(self.seed, epoch)).permutation(self.num_images)
+        order = np.random.default_rng(mix_seed(self.seed, epoch)).permutation(self.num_images)
+        return order if self.repeats == 1 else order.repeat(self.repeats)[: self.num_images]
 
     @staticmethod
     def _bounds(piece: int, total: int, pieces: int) -> tuple[int, int]:
@@ -139,7 +147,7 @@ class KeyedImages(Dataset):
         self.source, self.transform, self.seed, self.replace_bad = source, transform, seed, replace_bad
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index = key
+        epoch, index, *copy = key
         bad: list[tuple[str, str]] = []
         for offset in range(len(self.source) if self.replace_bad else 1):
             try:
@@ -148,7 +156,7 @@ class KeyedImages(Dataset):
                 bad.append((error.name, error.reason))
                 continue
             if self.seed is not None:
-                seed_everything(self.seed, epoch, index)
+                seed_everything(self.seed, epoch, index, *copy)
             return {"image": self.transform(image), "target": target, "index": index, "bad": bad}
         return {"image": None, "target": -1, "index": index, "bad": bad}
 
@@ -211,6 +219,9 @@ class Feed(Protocol):
     def describe(self) -> dict[str, int | None]:
         """train_images and val_images, None where a stream doesn't tell."""
 
+    def val_picture(self, index: int) -> tuple[str, Image.Image] | None:
+        """Name and picture of a validation image by its index in the batches; None where they are not at hand."""
+
 
 @dataclass(frozen=True)
 class PlannedFeed:
@@ -249,6 +260,18 @@ class PlannedFeed:
 
     def describe(self) -> dict[str, int | None]:
         return {"train_images": len(self.train.source), "val_images": len(self.val.source)}
+
+    def val_picture(self, index: int) -> tuple[str, Image.Image] | None:
+        return _picture(self.val.source, index)
+
+
+def _picture(source: Source, index: int) -> tuple[str, Image.Image] | None:
+    if isinstance(source, StreamSource):
+        return None
+    try:
+        return source.name(index), source.load(index)[0]
+    except BadImage:
+        return None
 
 
 class StreamedImages(IterableDataset):
@@ -342,6 +365,9 @@ class StreamFeed:
         val = self.val.num_samples if isinstance(self.val, StreamSource) else len(self.val)
         return {"train_images": self.train.num_samples, "val_images": val}
 
+    def val_picture(self, index: int) -> tuple[str, Image.Image] | None:
+        return _picture(self.val, index)
+
 
 def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any], num_processes: int) -> Feed:
     """Transforms (timm's), batches and order for a run's data.
@@ -370,6 +396,8 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
     )
     num_workers = worker_count(config.data.num_workers, num_processes)
     if isinstance(splits.train, StreamSource):
+        if augment.repeats > 1:
+            raise UserError(f"augment.repeats is {augment.repeats}, expected 1 for a stream ({splits.train.title})")
         return StreamFeed(
             train=splits.train,
             val=splits.val,
@@ -389,7 +417,9 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
     return PlannedFeed(
         train=KeyedImages(splits.train, transform, seed=train.seed, replace_bad=True),
         val=KeyedImages(splits.val, validation_transform(data_config), seed=None, replace_bad=False),
-        plan=BatchPlan(len(splits.train), train.batch_size, num_processes, train.grad_accum, train.seed),
+        plan=BatchPlan(
+            len(splits.train), train.batch_size, num_processes, train.grad_accum, train.seed, augment.repeats
+        ),
         val_plan=BatchPlan(len(splits.val), train.batch_size, num_processes),
         class_names=splits.class_names,
         data_config=data_config,

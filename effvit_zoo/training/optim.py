@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             layer_decay=config.layer_decay,
             **{key: value for key, value in optional.items() if value is not None},
         )
-    except TypeError as error:
+    except (TypeError, AssertionError, ValueError) as error:
         raise UserError(f"optimizer {config.name!r} does not take these settings: {error}") from None
 
 
@@ -38,9 +38,10 @@ def make_scheduler(optimizer: Optimizer, config: OptimConfig, epochs: int, steps
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.schedule,
-        num_epochs=epochs,
+        num_epochs=epochs - config.warmup_epochs if config.warmup_prefix else epochs,  # type: ignore[arg-type]
         warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # timm multiplies it by the updates per epoch
         warmup_lr=config.warmup_lr,
+        warmup_prefix=config.warmup_prefix,
         min_lr=config.min_lr,
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,

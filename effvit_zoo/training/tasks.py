@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -33,6 +34,7 @@ class Classification:
         smoothing: Label smoothing.
         loss: "ce" or "bce" (each class its own yes or no, as in "ResNet strikes back", arXiv:2110.00476).
         augment: Mixing of images; None for none.
+        class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Classification:
         smoothing: float = 0.0,
         loss: str = "ce",
         augment: AugmentConfig | None = None,
+        class_weights: Tensor | None = None,
     ):
         self.model = model
         self.num_classes = num_classes
         self.smoothing = smoothing
         self.criterion = {"ce": _cross_entropy, "bce": _binary_cross_entropy}[loss]
+        self.class_weights = class_weights
         self.mixup = None
         if augment is not None and (augment.mixup or augment.cutmix):
             self.mixup = Mixup(
@@ -61,18 +65,36 @@ class Classification:
 
     @classmethod
     def from_config(
-        cls, model: nn.Module, num_classes: int, train: TrainConfig, augment: AugmentConfig
+        cls,
+        model: nn.Module,
+        num_classes: int,
+        train: TrainConfig,
+        augment: AugmentConfig,
+        class_weights: Tensor | None = None,
     ) -> Classification:
-        return cls(model, num_classes, smoothing=train.smoothing, loss=train.loss, augment=augment)
+        return cls(
+            model,
+            num_classes,
+            smoothing=train.smoothing,
+            loss=train.loss,
+            augment=augment,
+            class_weights=class_weights,
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         image, target = batch["image"], batch["target"]
-        image, soft_target = self._mix(image, target)
+        image, soft_target = self.mix(image, target)
         logits = self.model(image).float()  # cross entropy wants fp32 logits whatever the autocast type
-        correct = (logits.detach().argmax(1) == target).float().mean()
-        return self.criterion(logits, soft_target), {"top1": 100 * correct}
+        return self.label_loss(logits, soft_target), {"top1": top1(logits, target)}
 
-    def _mix(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def label_loss(self, logits: Tensor, soft_target: Tensor) -> Tensor:
+        """Mean loss of logits against target distributions, both (B, num_classes)."""
+        each = self.criterion(logits, soft_target)  # (B,)
+        if self.class_weights is not None:
+            each = each * (soft_target @ self.class_weights.to(soft_target))
+        return each.mean()
+
+    def mix(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images and target distributions (B, num_classes). Pairs are mixed; of an odd batch the last image stays as it is."""
         paired = len(target) // 2 * 2
         if self.mixup is None or not paired:
@@ -82,9 +104,26 @@ class Classification:
         return torch.cat([mixed, image[paired:]]), torch.cat([soft, rest])
 
 
+def top1(logits: Tensor, target: Tensor) -> Tensor:
+    """Percentage of the batch whose largest logit is the target's."""
+    return 100 * (logits.detach().argmax(1) == target).float().mean()
+
+
+def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
+    """(num_classes,) the inverse of each class' share, times 1 / num_classes: all classes weigh the same, the mean image 1.
+
+    A class without images gets 1.
+    """
+    counts = np.bincount(targets, minlength=num_classes)
+    weights = np.where(counts, len(targets) / (num_classes * np.maximum(counts, 1)), 1.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target)
+    """(B,) losses."""
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, target)
+    """(B,) losses, each the mean over classes."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)

@@ -1,4 +1,4 @@
-"""`validate.py` and `effzoo validate`: top-1, top-5, per-class table and speed of any model on any data set."""
+"""`validate.py` and `effzoo validate`: top-1, top-5, per-class table and speed of any models, exported files too, on any data set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from .. import cost, hub
 from ..errors import UserError
+from ..export.files import EXPORTED, ExportedModel, load_exported
 from ..images import MODES
 from .data import Source, StreamSource, open_source, open_splits
 from .evaluation import Evaluation, evaluate
@@ -39,8 +41,13 @@ from .report import environment, write_atomically
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
+        "--model",
+        required=True,
+        nargs="+",
+        help="effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME, or a file .onnx, .xml or .pte; several "
+        "are measured in turn",
     )
+    parser.add_argument("--like", metavar="MODEL", help="where an exported file's preprocessing and labels come from")
     parser.add_argument("--pretrained", action="store_true", help="with a model name: its public weights")
     parser.add_argument(
         "--data", default="builtin:fashion-mnist-mini", help="as data.root in a config (default: %(default)s)"
@@ -65,19 +72,24 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--results-file {args.results_file}: expected a name that ends in .json or .csv")
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    brought = hub.brings_weights(args.model)
-    model: Any = hub.load(args.model, pretrained=args.pretrained or brought)
-    labels = hub.label_names(model)
-    trained = hub.read_config(args.model).get(hub.EXTRA_KEY, {}) if brought else {}
-    mode = MODES[model.pretrained_cfg["input_size"][0]]
-    source: Source
-    if args.split == "auto" and trained.get("data") == args.data:
-        # what training held out of an undivided folder is found again by its seed and share
-        held_out = {key: trained[key] for key in ("seed", "val_fraction") if key in trained}
-        source = open_splits(args.data, img_mode=mode, **held_out).val
-    else:
-        source = open_source(args.data, args.split, img_mode=mode)
-    results = [validate(model, source, labels, args, size) for size in args.img_size or [None]]
+    if min(args.img_size or [1]) < 1:
+        raise UserError(f"--img-size must be at least 1, got {' '.join(map(str, args.img_size))}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UserError(f"--crop-pct must lie in (0, 1], got {args.crop_pct}")
+    names = [args.model] if isinstance(args.model, str) else list(args.model)
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for name in names:
+        try:
+            for size in args.img_size or [None]:
+                results.append(_validate_named(name, args, size))
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            failed.append(name)
+            print(f"skipped {name}: {error}", file=sys.stderr)
+    if not results:
+        raise UserError(f"none of the {len(names)} models could be measured")
     for result in results:
         _print(result)
     if args.results_file:
@@ -85,19 +97,61 @@ def run(args: argparse.Namespace) -> None:
         write_atomically(
             args.results_file, _as_json(results) if args.results_file.suffix == ".json" else _as_csv(results)
         )
+    if failed:
+        raise UserError(f"{len(failed)} of {len(names)} models could not be measured: {', '.join(failed)}")
+
+
+def _validate_named(name: str, args: argparse.Namespace, size: int | None) -> dict[str, Any]:
+    """One model, built anew for each size: position tables that were resized once are not what they were."""
+    model: Any
+    trained: dict[str, Any] = {}
+    if Path(name).suffix in EXPORTED:
+        model = load_exported(name, args.like, torch.get_num_threads())
+    else:
+        brought = hub.brings_weights(name)
+        model = hub.load(name, pretrained=args.pretrained or brought)
+        trained = hub.read_config(name).get(hub.EXTRA_KEY, {}) if brought else {}
+    labels = hub.label_names(model)
+    channels = model.pretrained_cfg["input_size"][0]
+    if channels not in MODES:
+        raise UserError(f"{name} takes {channels} channels, pictures have 3 (RGB) or 1 (grey)")
+    if not model.num_classes:
+        raise UserError(f"{name} has no classifier to measure (num_classes is 0)")
+    mode = MODES[channels]
+    source: Source
+    if args.split == "auto" and trained.get("data") == args.data:
+        # what training held out of an undivided folder is found again by its seed and share
+        held_out = {key: trained[key] for key in ("seed", "val_fraction") if key in trained}
+        source = open_splits(args.data, img_mode=mode, **held_out).val
+    else:
+        source = open_source(args.data, args.split, img_mode=mode)
+    return validate(model, source, labels, args, size, name)
 
 
 def validate(
-    model: Any, source: Source, labels: tuple[str, ...] | None, args: argparse.Namespace, size: int | None
+    model: Any,
+    source: Source,
+    labels: tuple[str, ...] | None,
+    args: argparse.Namespace,
+    size: int | None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """One model on one source at one input size, as a row of results."""
     order = class_order(source.class_names, labels, model.num_classes)
     data_config = resolve_data_config({"crop_pct": args.crop_pct} if args.crop_pct else {}, model=model)
+    exported = isinstance(model, ExportedModel)
     if size is not None:
+        if exported and model.shape[2:] not in ([None, None], [size, size]):
+            raise UserError(
+                f"{name} was exported for {model.shape[2]} x {model.shape[3]} pixels, got --img-size {size}"
+            )
         if hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=size)
+            try:
+                model.set_input_size(img_size=size)
+            except (ValueError, AssertionError) as error:
+                raise UserError(f"{name} can't take images of {size} pixels: {error}") from None
         data_config["input_size"] = (data_config["input_size"][0], size, size)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=exported)
     model = model.to(accelerator.device)
     transform, workers = validation_transform(data_config), worker_count(args.workers, 1)
     if isinstance(source, StreamSource):
@@ -116,10 +170,15 @@ def validate(
             tqdm.write(f"skipped {name}: {reason}")
 
     batches = tqdm(relabelled(loader, order), total=total, unit="batch", leave=False)
-    result = evaluate(model, batches, model.num_classes, accelerator, note)
+    try:
+        result = evaluate(model, batches, model.num_classes, accelerator, note)
+    except (RuntimeError, AssertionError) as error:
+        if size is None:
+            raise
+        raise UserError(f"{name} can't take images of {size} pixels: {' '.join(str(error).split())[:200]}") from error
     names = labels or source.class_names
     return {
-        "model": args.model,
+        "model": name or args.model,
         "data": args.data,
         "split": args.split,
         "input_size": list(data_config["input_size"]),
@@ -130,8 +189,8 @@ def validate(
         "top5": result.top5,
         "loss": result.loss,
         "images_per_second": result.images_per_second,
-        "params": cost.count_params(model),
-        "macs": cost.count_macs(model, data_config["input_size"]),
+        "params": None if exported else cost.count_params(model),
+        "macs": None if exported else cost.count_macs(model, data_config["input_size"]),
         "per_class": _named(result, names),
     } | environment()
 
@@ -188,11 +247,12 @@ def _print(result: dict[str, Any]) -> None:
         ("images", "right"),
         ("recall %", "right"),
         ("precision %", "right"),
+        ("F1 %", "right"),
         ("most taken for", "left"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in result["per_class"]:
-        percent = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("recall", "precision")]
+        percent = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("recall", "precision", "f1")]
         table.add_row(row["class"], str(row["images"]), *percent, row["taken_for"] or "")
     console = Console()
     console.print(table)

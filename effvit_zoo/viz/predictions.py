@@ -1,8 +1,10 @@
-"""A picture with what a model takes it for: the best classes and their probabilities on a panel below it."""
+"""Pictures with what a model takes them for: one with its best classes on a panel below it, or many in a grid of mistakes."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -10,6 +12,7 @@ from . import style
 
 MIN_WIDTH, MAX_SIDE = 320, 1600
 _TRACK = "#e8ebef"
+GRID_COLUMNS, GRID_CELL = 6, 180  # pictures a row, pixels a picture's side
 
 
 def annotate(image: Image.Image, labels: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
@@ -46,6 +49,47 @@ def annotate(image: Image.Image, labels: Sequence[str], probabilities: Sequence[
     result.paste(picture, (0, 0))
     result.paste(panel, (0, picture.height))
     return result
+
+
+def mistakes_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[tuple[str, str, float]], path: str | Path
+) -> None:
+    """Writes a PNG of small pictures in rows, each with its true class, and below it what it was taken for and how surely.
+
+    Args:
+        pictures: RGB pictures of any size.
+        captions: (true class, predicted class, probability from 0 to 1) of each.
+        path: The file to write; it appears complete or not at all.
+
+    Raises:
+        ValueError: There are no pictures.
+    """
+    if not pictures:
+        raise ValueError("no mistakes to draw: expected at least one picture")
+    size, gap = 13, 12
+    columns = min(GRID_COLUMNS, len(pictures))
+    cell_height = GRID_CELL + 2 * round(1.5 * size) + gap
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (gap + columns * (GRID_CELL + gap), gap + rows * cell_height), style.PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for place, (picture, (true, predicted, share)) in enumerate(zip(pictures, captions, strict=True)):
+        x, y = gap + place % columns * (GRID_CELL + gap), gap + place // columns * cell_height
+        factor = min(GRID_CELL / picture.width, GRID_CELL / picture.height)
+        side = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        resample = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS
+        thumbnail = picture.convert("RGB").resize(side, resample)
+        sheet.paste(thumbnail, (x + (GRID_CELL - side[0]) // 2, y + (GRID_CELL - side[1]) // 2))
+        lines = ((f"is {true}", style.font(size, bold=True)), (f"{100 * share:.0f} % {predicted}", style.font(size)))
+        for line, (text, text_font) in enumerate(lines):
+            place_y = y + GRID_CELL + 4 + line * round(1.4 * size)
+            draw.text((x, place_y), _cut(draw, text, text_font, GRID_CELL), font=text_font, fill=style.INK)
+    path = Path(path)
+    writing = path.with_name(f".{path.name}.writing")
+    try:
+        sheet.save(writing, format="PNG")
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
 
 
 def _fitted(image: Image.Image) -> Image.Image:

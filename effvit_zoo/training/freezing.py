@@ -1,0 +1,50 @@
+"""Training the classifier alone for the first epochs, so that a new head's large gradients don't undo what the backbone knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UserError
+
+
+class FrozenBackbone:
+    """Freezes all but the classifier of a timm model up to an optimizer step.
+
+    Make it after the optimizer, which has to know all parameters; what was frozen before stays frozen.
+
+    Args:
+        model: A model with `get_classifier`.
+        until_step: The first step that trains all of it.
+        wrapped: The model is wrapped for several processes: then gradients are computed and dropped, as the wrapper wants all.
+
+    Raises:
+        UserError: The model has no classifier.
+    """
+
+    def __init__(self, model: nn.Module, until_step: int, wrapped: bool) -> None:
+        classifier: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+        heads = [head for head in (classifier if isinstance(classifier, tuple) else (classifier,)) if head is not None]
+        own = {id(parameter) for head in heads for parameter in head.parameters()}
+        if not own:
+            raise UserError(f"train.freeze_epochs: {type(model).__name__} has no classifier to train alone, expected 0")
+        self.until_step, self.wrapped = until_step, wrapped
+        self.parameters = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
+        self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+    def before_step(self, step: int) -> None:
+        """Call it when the model is in training mode."""
+        frozen = step < self.until_step
+        if not self.wrapped:
+            for parameter in self.parameters:
+                parameter.requires_grad_(not frozen)
+        if frozen:
+            for norm in self.norms:
+                norm.eval()
+
+    def after_backward(self, step: int) -> None:
+        if step < self.until_step:
+            for parameter in self.parameters:
+                parameter.grad = None

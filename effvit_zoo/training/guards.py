@@ -1,0 +1,138 @@
+"""What keeps a run from ending badly: SIGTERM, loaders that die, losses that are not finite, and data that leaks between splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .data import FilePaths, Source, StreamSource
+from .loader import Batch
+
+_HEAD = 4096  # bytes that are compared before whole files are
+DUPLICATES_UP_TO = 50_000  # files that are looked at without being asked to
+
+
+class SigtermWatch:
+    """While it is entered, SIGTERM sets `received` instead of ending the process; a second one ends it.
+
+    Clusters announce so that they will take a machine away. Outside the main thread, where Python can't set handlers, it
+    watches nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> SigtermWatch:
+        self.active = threading.current_thread() is threading.main_thread()
+        if self.active:
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = True
+
+
+def watched_loader(batches: Any) -> Iterator[Batch]:
+    """The batches of a DataLoader, with a dead worker as a `UserError` of one line."""
+    iterator = iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            if "DataLoader worker" not in text:
+                raise
+            raise UserError(
+                f"a loader worker died ({text[:120]}): most often memory ran out, then lower data.num_workers or train.batch_size"
+            ) from error
+        yield batch
+
+
+class BufferKeeper:
+    """Copies of a model's floating-point buffers (BatchNorm's statistics), to take back what a bad step did to them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
+
+
+def save_batches(folder: Path, step: int, process: int, batches: Sequence[Batch]) -> Path:
+    """Writes the images, targets and indices of a step's micro-batches beside the run, to be looked at."""
+    path = folder / f"bad_step_{step:08d}_process_{process}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    for micro, batch in enumerate(batches):
+        for key in ("image", "target", "index"):
+            tensors[f"{key}.{micro}"] = batch[key].detach().contiguous().cpu()
+    save_file(tensors, path, metadata={"step": json.dumps(step)})
+    return path
+
+
+def duplicates(train: Source, val: Source) -> list[tuple[str, str]]:
+    """(validation file, training file) pairs of the same content, the first partner of each; sources that are no folders have none.
+
+    Files are compared by size, then by their first 4 KiB, then as a whole, so that most are never read.
+    """
+    if isinstance(train, StreamSource) or isinstance(val, StreamSource):
+        return []
+    if not (isinstance(train.data, FilePaths) and isinstance(val.data, FilePaths)):
+        return []
+    names = [[source.name(index) for index in range(len(source))] for source in (train, val)]
+    groups = [(names[0], names[1])]
+    for key in (os.path.getsize, _head, _whole):
+        groups = [part for group in groups for part in _matching(*group, key)]
+    return sorted((path, sorted(training)[0]) for training, validation in groups for path in validation)
+
+
+def _matching(train: list[str], val: list[str], key: Any) -> Iterator[tuple[list[str], list[str]]]:
+    """Splits files into groups of equal keys that have members on both sides."""
+    sides: list[defaultdict[Any, list[str]]] = [defaultdict(list), defaultdict(list)]
+    for side, paths in zip(sides, (train, val), strict=True):
+        for path in paths:
+            try:
+                side[key(path)].append(path)
+            except OSError:
+                continue  # unreadable files are reported where they are decoded
+    for found in sides[0].keys() & sides[1].keys():
+        yield sides[0][found], sides[1][found]
+
+
+def _head(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_HEAD)
+
+
+def _whole(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return blake2b(file.read(), digest_size=16).digest()

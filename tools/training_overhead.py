@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""What the engine costs over a bare training loop: images per second of both, turn by turn in one process, and memory over many steps.
+
+Both train the same timm model with the same transforms, loader workers, optimizer and batches. The bare loop has nothing else: no
+progress, no metrics, no guards, no schedule. Turns alternate and each side's median counts, so that other work on the machine falls
+on both.
+
+    python tools/training_overhead.py                    # speed
+    python tools/training_overhead.py --memory-steps 2000
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+import effvit_zoo  # registers effzoo_*
+from effvit_zoo.training.config import RunConfig, load_config
+from effvit_zoo.training.engine import fit
+from effvit_zoo.training.optim import make_optimizer
+from effvit_zoo.training.run import prepare
+
+
+class Bare(Dataset):
+    """The same images and transforms as the engine's, by index alone."""
+
+    def __init__(self, source: Any, transform: Any) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, target = self.source.load(index)
+        return self.transform(image), target
+
+
+def bare_rate(config: RunConfig, steps: int) -> float:
+    """Images per second of a loop that does nothing but train."""
+    feed, task = prepare(config, 1)
+    dataset = Bare(feed.train.source, feed.train.transform)
+    model = task.model
+    model.train()
+    optimizer = make_optimizer(model, config.optim)
+    workers = config.data.num_workers or 0
+    loader = DataLoader(
+        dataset,
+        config.train.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        prefetch_factor=4 if workers else None,
+    )
+    images, started = 0, 0.0
+    for step, (image, target) in enumerate(loader):
+        if step == 1:  # the first step waits for the workers to start
+            started = time.perf_counter()
+        if step == steps:
+            return images / (time.perf_counter() - started)
+        loss = F.cross_entropy(model(image), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        images += len(target) if step else 0
+    sys.exit(f"an epoch has only {len(loader)} steps: fewer --steps or a smaller --batch-size")
+
+
+class _Enough(Exception):
+    """Ends the engine's run after the steps that are measured."""
+
+
+def engine_rate(config: RunConfig, steps: int, memory: list[tuple[int, float]] | None = None, every: int = 50) -> float:
+    """Images per second of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
+    feed, task = prepare(config, 1)
+    own_loss, process = task.loss, psutil.Process()
+    images, step, started, rate = 0, -1, 0.0, 0.0
+
+    def counted(batch: dict[str, Any]) -> Any:
+        nonlocal images, step, started, rate
+        step += 1
+        if step == 1:
+            started = time.perf_counter()
+        if step == steps:
+            rate = images / (time.perf_counter() - started)
+            raise _Enough
+        if memory is not None and step % every == 0:
+            memory.append((step, process.memory_info().rss / 2**20))
+        images += len(batch["target"]) if step else 0
+        return own_loss(batch)
+
+    task.loss = counted  # type: ignore[method-assign]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(_Enough),
+    ):
+        fit(task, feed, config, Accelerator(), Path(folder))
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="effzoo_swiftformer_xs", help="(default: %(default)s)")
+    parser.add_argument("--img-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="of each side (default: %(default)s)")
+    parser.add_argument("--memory-steps", type=int, help="measure memory over so many steps instead of speed")
+    args = parser.parse_args()
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(f"model: {{name: {args.model}}}\n")
+        file.flush()
+        settings = [
+            f"data.img_size={args.img_size}",
+            f"train.batch_size={args.batch_size}",
+            f"data.num_workers={args.workers}",
+            "train.epochs=1000",
+            "train.trackers=[]",
+        ]
+        config = load_config(file.name, settings)
+    print(
+        f"effvit_zoo {effvit_zoo.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {args.model}"
+    )
+    if args.memory_steps:
+        memory: list[tuple[int, float]] = []
+        engine_rate(config, args.memory_steps, memory, max(1, args.memory_steps // 40))
+        for step, size in memory:
+            print(f"step {step:6d}: {size:.0f} MiB")
+        settled = memory[len(memory) // 4 :]
+        print(f"from step {settled[0][0]} to {settled[-1][0]}: {settled[-1][1] - settled[0][1]:+.1f} MiB")
+        return
+    rates: dict[str, list[float]] = {"bare": [], "engine": []}
+    sides = {"bare": bare_rate, "engine": engine_rate}
+    for turn in range(args.turns + 1):
+        for name in ("bare", "engine") if turn % 2 else ("engine", "bare"):
+            rate = sides[name](config, args.steps)
+            if turn:  # the first turn of each warms up
+                rates[name].append(rate)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(
+            f"{name:7} {medians[name]:7.1f} images/s, median of {len(values)} ({min(values):.1f} to {max(values):.1f})"
+        )
+    ratios = [engine / bare for engine, bare in zip(rates["engine"], rates["bare"], strict=True)]
+    print(f"overhead {100 * (1 - statistics.median(ratios)):+.1f} % (median of the turns' ratios)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
