@@ -254,6 +254,11 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         "--topk", type=_positive, default=5, metavar="K", help="classes per picture (default: %(default)s)"
     )
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write each picture with its best classes below it")
+    parser.add_argument(
+        "--show-tokens",
+        action="store_true",
+        help="of a ToSA-ViT: write PICTURE.tokens.png, which tokens each ToSA layer kept, into --draw (default: here)",
+    )
     parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     _add_format_arguments(parser)
@@ -293,6 +298,8 @@ def _predict(args: argparse.Namespace) -> None:
         )
     if not rows:
         raise UserError(f"none of the {len(paths)} pictures could be read")
+    if args.show_tokens:
+        _show_tokens(model, list(dict.fromkeys(row["image"] for row in rows)), args.draw or Path())
     if args.json or args.csv:
         _print_rows(_per_image(rows) if args.json else rows, args)
         return
@@ -300,6 +307,22 @@ def _predict(args: argparse.Namespace) -> None:
         [row["image"] if row["rank"] == 1 else "", f"{100 * row['probability']:.1f} %", row["label"]] for row in rows
     ]
     _print_table(["image", "probability", "class"], table, right=(1,), output=args.output)
+
+
+def _show_tokens(model: Any, images: Sequence[str], folder: Path) -> None:
+    from .prediction import token_maps
+    from .viz.selection import selected_tokens
+
+    model = model.to("cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in images:
+        seen, layers = token_maps(model, Path(image))
+        target = folder / f"{Path(image).stem}.tokens.png"
+        title = f"What enters the ToSA layers: {Path(image).name}"
+        selected_tokens(
+            seen, layers, title, f"attention ratio {model.attention_ratio:g}, chosen by its selectors", target
+        )
+        print(f"tokens: {target}", file=sys.stderr)
 
 
 def _per_image(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -340,6 +363,96 @@ class _Drawing:
             candidate = target.with_name(f"{target.stem}-{number}.png")
         self.taken.add(candidate)
         return candidate
+
+
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder, of which best/ is meant")
+    parser.add_argument("name", metavar="USER/NAME", help="where to; created if it isn't there")
+    visibility = parser.add_mutually_exclusive_group()
+    visibility.add_argument(
+        "--private", action="store_true", default=None, help="only for those who are granted access"
+    )
+    visibility.add_argument("--public", action="store_false", dest="private", help="for everyone")
+    parser.add_argument("--revision", metavar="BRANCH", help="push to a branch, created if it isn't there")
+    parser.add_argument("--license", metavar="ID", help="of the weights, e.g. apache-2.0 (default: what is recorded)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from . import hub
+
+    address = hub.push(
+        args.folder,
+        args.name,
+        private=args.private,
+        revision=args.revision,
+        license=args.license,
+        message=args.message,
+    )
+    place = f"{args.name}@{args.revision}" if args.revision else args.name
+    print(f"{address}: to be used as {hub.HUB}{place}, after import effvit_zoo")
+
+
+def _pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="USER/NAME", help="the model on the Hub")
+    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (default: the main branch)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder for it (default: NAME)")
+
+
+def _pull(args: argparse.Namespace) -> None:
+    from . import hub
+
+    folder = hub.pull(args.name, args.output, revision=args.revision)
+    print(f"{folder}: to be used as {hub.LOCAL}{folder}")
+
+
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", choices=("list", "check"), metavar="list|check", help="what there is, or whether it is there"
+    )
+    parser.add_argument(
+        "pattern", nargs="?", metavar="PATTERN", help="part of a MODEL.TAG name, or a pattern with * and ?"
+    )
+    _add_format_arguments(parser)
+
+
+def _weights_command(args: argparse.Namespace) -> None:
+    from . import published
+
+    rows = list(published.check(args.pattern)) if args.what == "check" else published.published(args.pattern)
+    if args.json or args.csv:
+        _print_rows(rows, args)
+    elif args.what == "list":
+        table = [
+            [
+                row["weights"],
+                f"{row['top1']:.2f}" if row["top1"] else "-",
+                row["top1_source"] or "-",
+                row["license"] or "-",
+                f"{row['bytes'] / 1e6:.1f}",
+                row["from"],
+            ]
+            for row in rows
+        ]
+        header = ["weights", "top-1, %", "measured by", "licence", "MB", "from"]
+        _print_table(header, table, right=(1, 4), output=args.output)
+    else:
+        table = [
+            [
+                row["weights"],
+                row["from"],
+                f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "-",
+                (row["sha256"] or "-")[:12],
+                row["license"] or "-",
+                row["cached"] or "-",
+                "; ".join(row["problems"]) or "ok",
+            ]
+            for row in rows
+        ]
+        header = ["weights", "from", "MB", "SHA-256", "licence", "cached", "result"]
+        _print_table(header, table, right=(2,), output=args.output)
+    if args.what == "check":
+        published.require_sound(rows)
 
 
 def _device(name: str) -> str:
@@ -439,5 +552,8 @@ COMMANDS = {
     "predict": Command("classify pictures with any model", _predict_arguments, _predict),
     "validate": _from_module("measure a model's accuracy and speed on a data set", "training.validation"),
     "benchmark": _from_module("measure speed and memory against timm's own models", "benchmark.command"),
+    "push": Command("publish a model folder on the Hub, with its card", _push_arguments, _push),
+    "pull": Command("copy a model from the Hub into a folder, checked", _pull_arguments, _pull),
+    "weights": Command("list the published weights, or check them on the Hub", _weights_arguments, _weights_command),
     "convert": _from_module("turn a checkpoint file of an official repository into a model folder", "convert"),
 }

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
 from . import hub
 from .errors import UserError
 from .images import BadImage, open_image
+from .models.tosa_vit import ToSAViT
 
 READERS = 4  # threads that decode; Pillow leaves the interpreter lock while it does
 
@@ -101,6 +104,42 @@ def predict(
                     on_bad(result)
             if tensors:
                 yield from _classify(model, good, torch.stack(tensors).to(device), names, topk)
+
+
+def token_maps(model: nn.Module, path: Path) -> tuple[Image.Image, dict[str, np.ndarray]]:
+    """What a ToSA-ViT looks at in a picture.
+
+    Args:
+        model: A ToSA-ViT, on the CPU.
+        path: A picture file.
+
+    Returns:
+        The picture as the model sees it, and for each ToSA layer a map (rows, columns) of the patches that entered it.
+
+    Raises:
+        UserError: The model selects no tokens: it is another one, or its attention ratio is 1.
+        BadImage: An unreadable file.
+    """
+    if not isinstance(model, ToSAViT):
+        raise UserError(f"expected a ToSA-ViT (effzoo_tosa_vit_*), which selects tokens, got {type(model).__name__}")
+    if model.attention_ratio >= 1:
+        raise UserError("the model's attention ratio is 1: every token enters every layer, there is nothing to show")
+    data_config = resolve_model_data_config(model)
+    channels = data_config["input_size"][0]
+    transform = create_transform(**data_config, is_training=False)
+    tensor = transform(open_image(path).convert({1: "L"}.get(channels, "RGB")))
+    model.eval()
+    with torch.inference_mode():
+        entered = model.selected_tokens(tensor.unsqueeze(0))
+    rows, columns = model.patch_embed.dynamic_feat_size(tuple(tensor.shape[1:]))
+    maps = {}
+    for pair, index in enumerate(entered):
+        kept = np.zeros(model.num_prefix_tokens + rows * columns, dtype=bool)
+        kept[index[0].numpy()] = True
+        maps[f"layer {2 * pair + 2}"] = kept[model.num_prefix_tokens :].reshape(rows, columns)
+    mean, std = (torch.tensor(data_config[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    pixels = (255 * (tensor * std + mean)).round().clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy()), maps
 
 
 def _classify(

@@ -8,23 +8,38 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent / "effvit_zoo"
 FILES = sorted(ROOT.rglob("*.py"))
 
-GROUND = {"errors", "version", "images", "config"}
+GROUND = {"errors", "version", "images", "config", "hub_client"}
 """Modules without any idea of a network: everyone may use them."""
 
 ALLOWED = {
     "attention": set(),
     "models": {"attention"},
     "cost": set(),
-    "hub": {"models"},
+    "card": set(),
+    "publish": {"card"},
+    "hub": {"models", "publish"},
+    "published": {"hub", "cost"},
     "convert": {"models", "hub"},
     "inference": {"attention", "models"},
     "viz": {"models"},
     "prediction": {"models", "hub", "viz"},
-    "benchmark": {"attention", "models", "hub", "cost", "inference", "viz"},
+    "benchmark": {"attention", "models", "hub", "cost", "inference", "viz", "training", "export"},
     "export": {"models", "hub", "cost", "inference"},
-    "training": {"models", "hub", "cost", "viz"},
+    "training": {"models", "hub", "cost", "viz", "export"},
     "pipelines": {"training", "models", "hub", "cost", "viz", "benchmark"},
-    "cli": {"models", "hub", "cost", "convert", "viz", "prediction", "benchmark", "export", "training", "pipelines"},
+    "cli": {
+        "models",
+        "hub",
+        "published",
+        "cost",
+        "convert",
+        "viz",
+        "prediction",
+        "benchmark",
+        "export",
+        "training",
+        "pipelines",
+    },
     "__init__": {"attention", "models", "inference"},
     "__main__": {"cli"},
 }

@@ -8,6 +8,7 @@ import importlib
 BENCHMARKS = {
     "attention": "every attention mechanism alone: time and memory as the number of tokens grows",
     "backbones": "our backbones against timm's: eager, compiled, training, memory",
+    "tosa": "token selection: its speed against the dense model, or what the selectors of a trained run are worth",
 }
 
 

@@ -1,0 +1,368 @@
+"""`effzoo benchmark tosa`: what token selection saves, and, for a trained run, what its selectors are worth.
+
+Without a run: a ToSA-ViT against the dense ViT of the same weights on torch's fused attention, both in turns in one process: eager torch,
+and ONNX Runtime and OpenVINO where they are installed.
+
+With the output folder of a ToSA training: how well the selectors predict (share of the true most important tokens that they find, KL
+divergence), top-1 at the same ratio with the learned selectors and with controls in their place, before and after the fine-tuning, and
+top-1 against multiply-accumulates and time. The controls are random tokens, a fixed set of tokens (the mean of the true importance over
+training images), the column sums and the class token's row of the map before, and no patches at all. They are printed where they win, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import cost, hub
+from ..attention.token_select import number_selected, select_tokens, token_importance
+from ..errors import UserError
+from ..export.runtimes import RUNTIMES, run_in
+from ..inference import time_in_turns
+from ..models import to_tosa
+from ..models.tosa_vit import ToSAViT
+from ..training.config import RunConfig, load_config
+from ..training.loader import Feed
+from ..training.run import CONFIG_FILE, prepare
+from ..viz.selection import accuracy_over_macs
+from .backbones import write_rows
+from .host import gemm_gflops
+from .memory import peak_bytes
+
+BEFORE, AFTER = "2-selectors", "3-finetune"
+"""Run folders of the stages in a pipeline's output folder."""
+
+FORMS: Mapping[str, tuple[int, int, int]] = {
+    "fast": (1, 1, 4),
+    "default": (3, 4, 8),
+    "full map, as in the paper": (1, 1, 1),
+}
+"""Form -> kernel, hidden ratio and stride of the selectors."""
+
+STATIC_BATCHES = 16
+"""Training batches over which the fixed set of tokens is averaged."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", type=Path, help="output folder of a ToSA training (default: speed alone)")
+    parser.add_argument("--ratios", nargs="+", type=float, default=None, help="(default: 0.5; of a run: 0.5 0.25)")
+    parser.add_argument("--model", default="effzoo_vit_small", help="dense ViT to time (default: %(default)s)")
+    parser.add_argument("--img-sizes", nargs="+", type=int, default=[224, 512], help="(default: 224 512)")
+    parser.add_argument("--batch-size", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls per form (default: %(default)s)")
+    parser.add_argument("--runtimes", nargs="*", help="other runtimes to time in (default: those that are installed)")
+    parser.add_argument("--output", type=Path, help="write the rows to FILE.csv or FILE.json (a run's figure: RUN)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`."""
+    if args.output and args.output.suffix not in (".csv", ".json"):
+        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    torch.set_num_threads(args.threads)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    if args.run is None:
+        rows = measure_speed(args, console)
+    else:
+        rows = measure_selectors(args.run, args.ratios or [0.5, 0.25], console)
+    if args.output:
+        write_rows(rows, args.output)
+
+
+def measure_speed(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Rows of form, runtime and image size with times in ms, ratio to the dense model, MACs and peak memory."""
+    installed = [name for name in RUNTIMES if importlib.util.find_spec(name)]
+    runtimes = installed if args.runtimes is None else args.runtimes
+    console.print(
+        f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
+        f"torch {torch.__version__}, batch {args.batch_size}"
+    )
+    rows = []
+    for side in args.img_sizes:
+        sized: dict[str, dict[str, Any]]
+        dense: Any = hub.load(args.model, img_size=side).eval()
+        sample = torch.randn(args.batch_size, 3, side, side)
+        models: dict[str, nn.Module] = {"dense": dense}
+        for ratio in args.ratios or [0.5]:
+            for form, (kernel, hidden, stride) in FORMS.items():
+                torch.manual_seed(0)
+                models[f"{form}, r = {ratio:g}"] = to_tosa(dense, ratio, kernel, hidden, stride).eval()
+        sized = {name: {"img_size": side, "form": name} for name in models}
+        for name, model in models.items():
+            sized[name]["gmacs"] = cost.count_macs(model, (3, side, side)) / 1e9
+            with torch.inference_mode():
+                sized[name]["peak_mb"] = peak_bytes(partial(model, sample)) / 2**20
+        for runtime in ["torch", *runtimes]:
+            console.print(f"timing {side} pixels in {runtime}", style="dim")
+            calls: dict[str, Callable[[Tensor], Any]] = {}
+            for name, model in models.items():
+                calls[name] = model if runtime == "torch" else run_in(runtime, model, sample, args.threads)
+            with torch.inference_mode():
+                times = time_in_turns(
+                    {name: partial(call, sample) for name, call in calls.items()}, args.repeats, burst=2
+                )
+            rows += [
+                {**sized[name], "runtime": runtime, "ms": times[name], "ratio": times[name] / times["dense"]}
+                for name in models
+            ]
+    table = Table(title=f"{args.model}: token selection against the dense model")
+    for column in ("pixels", "runtime", "form", "GMACs", "", "peak MB", "ms", "against dense"):
+        table.add_column(column, justify="left" if column in ("runtime", "form") else "right")
+    dense_macs = {row["img_size"]: row["gmacs"] for row in rows if row["form"] == "dense"}
+    for row in rows:
+        saved = 100 * (row["gmacs"] / dense_macs[row["img_size"]] - 1)
+        table.add_row(
+            str(row["img_size"]),
+            row["runtime"],
+            row["form"],
+            f"{row['gmacs']:.2f}",
+            f"{saved:+.1f} %",
+            f"{row['peak_mb']:.0f}",
+            f"{row['ms']:.1f}",
+            f"{100 * (row['ratio'] - 1):+.1f} %",
+        )
+    console.print(table)
+    return rows
+
+
+def measure_selectors(folder: Path, ratios: Sequence[float], console: Console) -> list[dict[str, Any]]:
+    """Rows of selector, ratio and top-1 before and after the fine-tuning; prints also quality and cost, and draws ratios.png."""
+    for stage in (BEFORE, AFTER):
+        if not (folder / stage / CONFIG_FILE).is_file():
+            raise UserError(f"{folder} is not the output folder of a finished ToSA training: it has no {stage}")
+    if any(not 0 <= ratio <= 1 for ratio in ratios):
+        raise UserError(f"--ratios: expected numbers from 0 to 1, got {list(ratios)}")
+    feed = _feed(folder)
+    models = {stage: _tosa(folder / stage / "last") for stage in (BEFORE, AFTER)}
+    console.print(f"{folder}: {feed.describe()['val_images']} validation images")
+    _print_quality(console, selector_quality(models[BEFORE], feed.val_batches(0), ratios))
+    static = static_importance(
+        models[BEFORE], itertools.islice(feed.train_batches(0, 0, STATIC_BATCHES), STATIC_BATCHES)
+    )
+    rows: list[dict[str, Any]] = []
+    for name in CONTROLS:
+        for ratio in ratios:
+            row: dict[str, Any] = {"selector": name, "ratio": ratio}
+            for stage, model in models.items():
+                row[stage] = top1(controlled(model, name, static), feed.val_batches(0), ratio)
+            rows.append(row)
+    for name, ratio in (("dense model", 1.0), ("no patches (class token alone)", 0.0)):
+        rows.append(
+            {"selector": name, "ratio": ratio} | {s: top1(m, feed.val_batches(0), ratio) for s, m in models.items()}
+        )
+    table = Table(title="top-1 in percent with the network of before and after the fine-tuning")
+    for column in ("tokens chosen by", "attention ratio", "before", "after"):
+        table.add_column(column, justify="left" if column.startswith("tokens") else "right")
+    for row in rows:
+        table.add_row(row["selector"], f"{row['ratio']:g}", f"{row[BEFORE]:.2f}", f"{row[AFTER]:.2f}")
+    console.print(table)
+    compared = compare_ratios(folder, sorted({1.0, 0.0, *ratios}, reverse=True))
+    print_ratios(console, compared)
+    accuracy_over_macs(
+        {"ToSA": compared[1:]},
+        compared[0],
+        folder / "ratios.png",
+        controls={
+            name: [
+                next(c for c in compared[1:] if c["ratio"] == row["ratio"]) | {"top1": row[AFTER]}
+                for row in rows
+                if row["selector"] == name
+            ]
+            for name in CONTROLS
+            if name != "learned"
+        },
+    )
+    console.print(f"figure: {folder / 'ratios.png'}")
+    return rows
+
+
+def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> list[dict[str, Any]]:
+    """The dense model of a ToSA training and its ToSA-ViT at several ratios.
+
+    Args:
+        folder: Output folder of the pipeline.
+        ratios: Attention ratios.
+        repeats: Timed calls; one image, all models in turns.
+
+    Returns:
+        A row for the dense model and one per ratio: name, ratio, top1 in percent, macs, ms of one image.
+    """
+    feed = _feed(folder)
+    size = feed.data_config["input_size"]
+    tosa, dense = _tosa(folder / AFTER / "last"), hub.load(str(folder / "dense")).eval()
+    models: dict[str, Any] = {"dense": dense}
+    for ratio in ratios:
+        models[f"{ratio:g}"] = copy.deepcopy(tosa)
+        models[f"{ratio:g}"].set_attention_ratio(ratio)
+    sample = torch.randn(1, *size)
+    with torch.inference_mode():
+        times = time_in_turns({name: partial(model, sample) for name, model in models.items()}, repeats)
+    return [
+        {
+            "name": name,
+            "ratio": None if name == "dense" else model.attention_ratio,
+            "top1": top1(model, feed.val_batches(0), None),
+            "macs": cost.count_macs(model, size),
+            "ms": times[name],
+        }
+        for name, model in models.items()
+    ]
+
+
+def print_ratios(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of `compare_ratios`' rows."""
+    table = Table(title=f"dense ViT and ToSA, one image at a time on {cost.processor_name()}")
+    for column in ("attention ratio", "top-1", "MMACs", "", "ms", ""):
+        table.add_column(column, justify="right")
+    dense = rows[0]
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['top1']:.2f} %",
+            f"{row['macs'] / 1e6:.2f}",
+            f"{100 * (row['macs'] / dense['macs'] - 1):+.1f} %",
+            f"{row['ms']:.2f}",
+            f"{100 * (row['ms'] / dense['ms'] - 1):+.1f} %",
+        )
+    console.print(table)
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratio: float | None) -> float:
+    """Percent of images that a model gets right, at an attention ratio if one is given."""
+    hits = images = 0
+    with model.at_ratio(ratio) if ratio is not None else nullcontext():  # type: ignore[operator]
+        for batch in batches:
+            if batch["image"] is not None:
+                hits += int((model(batch["image"]).argmax(1) == batch["target"]).sum())
+                images += len(batch["target"])
+    return 100 * hits / images
+
+
+class _Chosen(nn.Module):
+    """A selector's place taken by any rule of importance."""
+
+    def __init__(self, rule: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.importance = rule
+
+
+def _random(static: Tensor) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda maps: torch.rand(maps.shape[0], maps.shape[-1], generator=generator)
+
+
+def _static(static: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda maps: static.expand(maps.shape[0], -1)
+
+
+def _column_sums(static: Tensor) -> Callable[[Tensor], Tensor]:
+    return token_importance
+
+
+def _class_attention(static: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda maps: maps[:, :, 0].softmax(-1).mean(1)
+
+
+CONTROLS: Mapping[str, Callable[[Tensor], Callable[[Tensor], Tensor]] | None] = {
+    "learned": None,
+    "random": _random,
+    "fixed set of tokens": _static,
+    "column sums of the map before": _column_sums,
+    "class token's attention before": _class_attention,
+}
+"""Name -> what makes a rule (maps of the layer before (B, H, L, L) -> importance (B, L)) of a layer's fixed importance (L,)."""
+
+
+def controlled(model: ToSAViT, control: str, static: Sequence[Tensor]) -> ToSAViT:
+    """A copy of a model whose tokens are chosen by a control. `static` is what `static_importance` gives."""
+    rule = CONTROLS[control]
+    if rule is None:
+        return model
+    changed = copy.deepcopy(model)
+    changed.selector_stride = 1  # controls read the full map
+    for pair, importance in enumerate(static):
+        changed.selectors[2 * pair] = _Chosen(rule(importance))
+    return changed
+
+
+@torch.inference_mode()
+def static_importance(model: ToSAViT, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Mean true importance (L,) of every token in each ToSA layer, over images."""
+    sums: list[Tensor] = []
+    images = 0
+    for batch in batches:
+        found = [token_importance(after).sum(0) for _, after in model.score_pairs(batch["image"], stride=1)]
+        sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
+        images += len(batch["image"])
+    return [total / images for total in sums]
+
+
+@torch.inference_mode()
+def selector_quality(
+    model: ToSAViT, batches: Iterable[Mapping[str, Any]], ratios: Sequence[float]
+) -> list[dict[str, float]]:
+    """Per pair of layers: KL divergence in nats of the predicted from the true map, that of a uniform map, and at each ratio the
+    share of the truly most important patches that the selector picks (chance: the ratio itself)."""
+    prefix, images = model.num_prefix_tokens, 0
+    sums: list[dict[str, float]] = [{} for _ in model.token_selectors()]
+    for batch in batches:
+        image = batch["image"]
+        if image is None:
+            continue
+        images += len(image)
+        kl = model.selector_losses(image)
+        sampled, full = model.score_pairs(image), model.score_pairs(image, stride=1)
+        for pair, selector in enumerate(model.token_selectors()):
+            truth = full[pair][1].softmax(-1)
+            uniform = (truth * truth.clamp(min=1e-30).log()).sum(-1).mean() + torch.tensor(truth.shape[-1]).log()
+            found = {"kl": float(kl[pair]), "uniform kl": float(uniform)}
+            true, guess = token_importance(full[pair][1]), selector.importance(sampled[pair][0])
+            patches = true.shape[1] - prefix
+            for ratio in ratios:
+                count = number_selected(ratio, patches)
+                picked = [
+                    torch.zeros_like(true).scatter(1, select_tokens(i, count, prefix), 1.0) for i in (true, guess)
+                ]
+                both = (picked[0] * picked[1])[:, prefix:].sum(1).mean()
+                found[f"overlap {ratio:g}"] = float(both) / max(count, 1)
+            for key, value in found.items():
+                sums[pair][key] = sums[pair].get(key, 0.0) + value * len(image)
+    return [{key: value / images for key, value in row.items()} for row in sums]
+
+
+def _print_quality(console: Console, quality: Sequence[Mapping[str, float]]) -> None:
+    table = Table(title="what the selectors predict, before the fine-tuning")
+    table.add_column("pair of layers", justify="right")
+    for key in quality[0]:
+        table.add_column({"kl": "KL", "uniform kl": "KL of a uniform map"}.get(key, key), justify="right")
+    for pair, row in enumerate(quality):
+        table.add_row(f"{2 * pair} -> {2 * pair + 1}", *(f"{value:.2f}" for value in row.values()))
+    console.print(table)
+
+
+def _tosa(folder: Path) -> ToSAViT:
+    model = hub.load(str(folder)).eval()
+    if not isinstance(model, ToSAViT):
+        raise UserError(f"{folder}: expected a ToSA-ViT, got {type(model).__name__}")
+    return model
+
+
+def _feed(folder: Path) -> Feed:
+    """The images of a pipeline's last stage."""
+    config: RunConfig = load_config(folder / AFTER / CONFIG_FILE)
+    return prepare(config, 1)[0]
