@@ -1,16 +1,19 @@
 """From a trained model and a folder of pictures to a fine-tuned one: freezing, layer-wise rates, weights, stopping early, the report."""
 
+import csv
 import re
 
 import numpy as np
 import pytest
 import timm
 import torch
+from hub_server import READ_TOKEN
 from runs import ROOT, make_photos, start, summary, train_small
 from safetensors.torch import load_file
 
 import effvit_zoo
 from effvit_zoo import hub
+from effvit_zoo.errors import UserError
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
 from effvit_zoo.training.evaluation import per_class
@@ -237,14 +240,37 @@ def test_options_that_change_only_how_it_is_computed(photos, tmp_path):
     assert np.isfinite(summary(tmp_path / "bf16")["val_loss"])
 
 
-def test_upload_at_the_end(photos, tmp_path, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(
-        effvit_zoo.hub, "push", lambda folder, repo: pushed.append((folder, repo)) or "there", raising=False
-    )
-    output = tmp_path / "run"
-    assert train_small(output, f"data.root={photos}", "hub.push=ann/birds", "hub.push_best=false") == 0
-    assert pushed == [(output / "last", "ann/birds")]
+def test_upload_at_the_end_and_at_every_better_epoch(photos, tmp_path, the_hub, capsys):
+    output, settings = tmp_path / "run", [f"data.root={photos}", "hub.push=ada/birds", "hub.push_best=false"]
+    assert train_small(output, *settings, "hub.push_every_best=true", "train.epochs=3") == 0
+    said = capsys.readouterr()
+    uploads = [line for line in (said.out + said.err).splitlines() if "uploaded: http" in line]
+    best = max_so_far = 0
+    for row in csv.DictReader((output / "metrics.csv").open()):
+        if float(row["top1"]) > max_so_far:
+            best, max_so_far = best + 1, float(row["top1"])
+    assert len(uploads) == best + 1
+    there = effvit_zoo.hub.load("hf-hub:ada/birds", pretrained=True).state_dict()
+    assert all(torch.equal(there[key], value) for key, value in load_file(output / "last/model.safetensors").items())
+
+
+def test_what_cannot_be_uploaded_is_said_before_training(photos, tmp_path, the_hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert train_small(tmp_path / "run", f"data.root={photos}", "hub.push=ada/birds") == 2
+    assert "read only" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_upload_that_fails_in_between_does_not_end_the_run(photos, tmp_path, the_hub, monkeypatch, capsys):
+    def fail(*args):
+        raise UserError("the Hub sleeps")
+
+    monkeypatch.setattr(effvit_zoo.hub, "push", fail)
+    settings = [f"data.root={photos}", "hub.push=ada/birds", "hub.push_every_best=true", "train.epochs=2"]
+    assert train_small(tmp_path / "run", *settings) == 2  # the last upload is what the run was asked for
+    said = capsys.readouterr()
+    assert "not uploaded, training goes on: the Hub sleeps" in said.out + said.err
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 @pytest.mark.slow

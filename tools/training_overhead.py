@@ -3,7 +3,7 @@
 
 Both train the same timm model with the same transforms, loader workers, optimizer and batches. The bare loop has nothing else: no
 progress, no metrics, no guards, no schedule. Turns alternate and each side's median counts, so that other work on the machine falls
-on both.
+on both; the processor time of the training process is compared too, which other work doesn't touch.
 
     python tools/training_overhead.py                    # speed
     python tools/training_overhead.py --memory-steps 2000
@@ -48,8 +48,8 @@ class Bare(Dataset):
         return self.transform(image), target
 
 
-def bare_rate(config: RunConfig, steps: int) -> float:
-    """Images per second of a loop that does nothing but train."""
+def bare_rate(config: RunConfig, steps: int) -> tuple[float, float]:
+    """Images per second, and per second of processor time, of a loop that does nothing but train."""
     feed, task = prepare(config, 1)
     dataset = Bare(feed.train.source, feed.train.transform)
     model = task.model
@@ -64,12 +64,12 @@ def bare_rate(config: RunConfig, steps: int) -> float:
         drop_last=True,
         prefetch_factor=4 if workers else None,
     )
-    images, started = 0, 0.0
+    images, started = 0, (0.0, 0.0)
     for step, (image, target) in enumerate(loader):
         if step == 1:  # the first step waits for the workers to start
-            started = time.perf_counter()
+            started = _clocks()
         if step == steps:
-            return images / (time.perf_counter() - started)
+            return _rates(images, started)
         loss = F.cross_entropy(model(image), target)
         loss.backward()
         optimizer.step()
@@ -82,19 +82,21 @@ class _Enough(Exception):
     """Ends the engine's run after the steps that are measured."""
 
 
-def engine_rate(config: RunConfig, steps: int, memory: list[tuple[int, float]] | None = None, every: int = 50) -> float:
-    """Images per second of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
+def engine_rate(
+    config: RunConfig, steps: int, memory: list[tuple[int, float]] | None = None, every: int = 50
+) -> tuple[float, float]:
+    """Images per second, and per second of processor time, of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
     feed, task = prepare(config, 1)
     own_loss, process = task.loss, psutil.Process()
-    images, step, started, rate = 0, -1, 0.0, 0.0
+    images, step, started, rates = 0, -1, (0.0, 0.0), (0.0, 0.0)
 
     def counted(batch: dict[str, Any]) -> Any:
-        nonlocal images, step, started, rate
+        nonlocal images, step, started, rates
         step += 1
         if step == 1:
-            started = time.perf_counter()
+            started = _clocks()
         if step == steps:
-            rate = images / (time.perf_counter() - started)
+            rates = _rates(images, started)
             raise _Enough
         if memory is not None and step % every == 0:
             memory.append((step, process.memory_info().rss / 2**20))
@@ -109,7 +111,17 @@ def engine_rate(config: RunConfig, steps: int, memory: list[tuple[int, float]] |
         contextlib.suppress(_Enough),
     ):
         fit(task, feed, config, Accelerator(), Path(folder))
-    return rate
+    return rates
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of this process' processor time (its loader workers' not included)."""
+    return time.perf_counter(), time.process_time()
+
+
+def _rates(images: int, started: tuple[float, float]) -> tuple[float, float]:
+    wall, processor = (now - then for now, then in zip(_clocks(), started, strict=True))
+    return images / wall, images / processor
 
 
 def main() -> None:
@@ -144,20 +156,20 @@ def main() -> None:
         settled = memory[len(memory) // 4 :]
         print(f"from step {settled[0][0]} to {settled[-1][0]}: {settled[-1][1] - settled[0][1]:+.1f} MiB")
         return
-    rates: dict[str, list[float]] = {"bare": [], "engine": []}
+    rates: dict[str, list[tuple[float, float]]] = {"bare": [], "engine": []}
     sides = {"bare": bare_rate, "engine": engine_rate}
     for turn in range(args.turns + 1):
         for name in ("bare", "engine") if turn % 2 else ("engine", "bare"):
-            rate = sides[name](config, args.steps)
+            measured = sides[name](config, args.steps)
             if turn:  # the first turn of each warms up
-                rates[name].append(rate)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, values in rates.items():
-        print(
-            f"{name:7} {medians[name]:7.1f} images/s, median of {len(values)} ({min(values):.1f} to {max(values):.1f})"
-        )
-    ratios = [engine / bare for engine, bare in zip(rates["engine"], rates["bare"], strict=True)]
-    print(f"overhead {100 * (1 - statistics.median(ratios)):+.1f} % (median of the turns' ratios)")
+                rates[name].append(measured)
+    for which, unit in enumerate(("images/s", "images per second of processor time")):
+        columns = {name: [each[which] for each in values] for name, values in rates.items()}
+        for name, values in columns.items():
+            low, middle, high = min(values), statistics.median(values), max(values)
+            print(f"{name:7} {middle:7.1f} {unit}, median of {len(values)} ({low:.1f} to {high:.1f})")
+        ratios = [engine / bare for engine, bare in zip(columns["engine"], columns["bare"], strict=True)]
+        print(f"overhead {100 * (1 - statistics.median(ratios)):+.1f} % (median of the turns' ratios)")
 
 
 if __name__ == "__main__":

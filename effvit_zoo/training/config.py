@@ -217,6 +217,8 @@ class HubConfig:
     """USER/NAME on the Hub to upload the model folder to when the run is through."""
     push_best: bool = True
     """The best epoch's model; otherwise the last one's."""
+    push_every_best: bool = False
+    """Upload at every better epoch too. A failure is told and the run goes on; the next upload sends all there is by then."""
 
     def __post_init__(self) -> None:
         _require(

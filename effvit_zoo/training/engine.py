@@ -353,11 +353,19 @@ class _Run:
             write_metrics(self.folder, state.history)
             if train_seconds > DRAW_AFTER:
                 self._draw()
+            if better and self.config.hub.push is not None and self.config.hub.push_every_best:
+                self._push_best(self.config.hub.push)
         self.epoch_started = time.perf_counter()
         return (
             f"epoch {epoch + 1:3d}/{self.config.train.epochs}: train loss {row['train_loss']:.3f}, top-1 {row['train_top1']:.1f} % | "
             f"validation loss {result.loss:.3f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.1f} %{' (best so far)' if better else ''}"
         )
+
+    def _push_best(self, repo_id: str) -> None:
+        try:
+            tqdm.write(f"uploaded: {hub.push(self.folder / 'best', repo_id)}")
+        except UserError as error:
+            tqdm.write(f"not uploaded, training goes on: {error}")
 
     def _unsharded(self) -> nn.Module:
         """What to save. FSDP's shards are gathered on the main process; call it on every one."""

@@ -41,6 +41,7 @@ HARMLESS_CHANGES = (
     "train.trackers",
     "hub.push",
     "hub.push_best",
+    "hub.push_every_best",
 )
 UNEQUAL = 2  # largest over smallest class, from which on it's worth a line
 
@@ -78,6 +79,8 @@ def train(
         task = Distillation(classification, teacher, config.distill)
     if adapt is not None:
         task = adapt(task)
+    if config.hub.push is not None and accelerator.is_main_process:
+        hub.require_pushable(config.hub.push)  # now, not after hours
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
