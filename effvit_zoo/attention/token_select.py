@@ -133,10 +133,12 @@ class TokenSelector(nn.Module):
 
         In eager inference some rows at a time: what lies between the convolutions is the widest tensor of the network on large images.
         """
-        if torch.jit.is_scripting() or not is_eager_inference(maps, maps, maps):
-            return token_importance(self.scores(maps).float())
-        rows = max(PIECE_ELEMENTS // (maps[:, :1, :1].numel() * self.conv1.out_channels), LEAST_ROWS)
-        return torch.stack([token_importance(self.scores(part).float()) for part in maps.split(rows, dim=2)]).sum(0)
+        if not torch.jit.is_scripting():  # noqa: SIM102  # TorchScript leaves out only a block of its own
+            if type(maps) is torch.Tensor and is_eager_inference(maps, maps, maps):
+                row = maps[:, :1, :1].numel() * self.conv1.out_channels
+                parts = maps.split(max(PIECE_ELEMENTS // row, LEAST_ROWS), dim=2)
+                return torch.stack([token_importance(self.scores(part).float()) for part in parts]).sum(0)
+        return token_importance(self.scores(maps).float())
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return self.scores(maps).float().log_softmax(dim=-1)
