@@ -85,7 +85,7 @@ class _Enough(Exception):
 def engine_rate(
     config: RunConfig, steps: int, memory: list[tuple[int, float]] | None = None, every: int = 50
 ) -> tuple[float, float]:
-    """Images per second, and per second of processor time, of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
+    """As `bare_rate`, of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
     feed, task = prepare(config, 1)
     own_loss, process = task.loss, psutil.Process()
     images, step, started, rates = 0, -1, (0.0, 0.0), (0.0, 0.0)

@@ -295,7 +295,9 @@ class StreamedImages(IterableDataset):
 class StreamFeed:
     """The feed of streaming data sets: timm shares them out over processes and workers, in its own order.
 
-    Training drops what doesn't fill a last batch. Resuming in mid-epoch reads and discards what was seen already.
+    It shares whole shards: each image comes once per epoch where shards are equal and their number is a multiple of processes x
+    workers; otherwise workers with fewer images begin theirs again. Training drops what doesn't fill a last batch. Resuming in
+    mid-epoch reads and discards what was seen already.
 
     Args:
         train: Training stream.
