@@ -205,7 +205,7 @@ def test_duplicates_need_equal_content_not_equal_size(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_a_real_run(tmp_path):
-    settings = ["--set", "train.epochs=1", "data.img_size=28", "train.trackers=[]"]
+    settings = ["--set", "train.epochs=2", "data.img_size=28", "train.trackers=[]"]
     run = start("--output", tmp_path / "run", *settings)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run/config.yaml").exists():
