@@ -4,11 +4,11 @@ Which form wins depends on the processor, the number of threads, the batch and t
 is built from the fused model (`timm.models.reparameterize_model`), compared with the original's output, and timed against the
 others in turns.
 
-Candidates, all in float32: plain eager; eager in channels_last; eager with every Linear and Conv2d packed for oneDNN once instead
-of in every call, with and without the activations behind them computed in the same kernel; and `torch.compile` with frozen
-weights, by itself and with oneDNN in the place of MKL for matrix products. oneDNN is chosen by torch's switch for reduced precision
-("tf32"): on a processor without such units the products stay exact, and on one with them the comparison with the original throws
-the form out.
+Candidates: plain eager; eager in channels_last; eager with every Linear and Conv2d packed for oneDNN once instead of in every call,
+with and without the activations behind them computed in the same kernel; and `torch.compile` with frozen weights, by itself and with
+oneDNN in the place of MKL for matrix products. In float32 they are exact; a half precision has to be asked for. oneDNN is chosen by
+torch's switch for reduced precision ("tf32"): on a processor without such units the products stay exact, and on one with them the
+comparison with the original throws the form out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import reparameterize_model
@@ -53,6 +53,16 @@ class OptimizedModel(nn.Module):
         self.form = form
         self.milliseconds, self.errors, self.rejected = dict(milliseconds), dict(errors), dict(rejected)
 
+    @property
+    def report(self) -> str:
+        """What was tried: a line for each form, the fastest first, then those that could not be used and why."""
+        lines = [
+            f"{form:26} {self.milliseconds[form]:9.2f} ms, differs by {self.errors[form]:.1e}"
+            + (", chosen" if form == self.form else "")
+            for form in sorted(self.milliseconds, key=self.milliseconds.__getitem__)
+        ]
+        return "\n".join([*lines, *(f"{form:26} not used: {reason}" for form, reason in self.rejected.items())])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return self._run(x)
@@ -61,22 +71,29 @@ class OptimizedModel(nn.Module):
 def optimize_for_inference(
     model: nn.Module,
     sample: torch.Tensor,
+    dtype: torch.dtype | None = None,
     *,
+    compile: bool | Literal["auto"] = "auto",
     forms: Sequence[str] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     repeats: int = 20,
 ) -> OptimizedModel:
     """Builds the candidates, drops what is not exact, times the rest in turns and returns the fastest.
 
+    `.report` of the result says what was tried, how fast and how exact each form was.
+
     Args:
         model: Any float32 model on the CPU; it is copied, not changed.
         sample: An input (B, 3, H, W) of the shape to be fast at.
-        forms: Names out of `FORMS`; None for all of them.
-        tolerance: Largest difference from the model's own output, relative to its largest value.
+        dtype: torch.bfloat16 or torch.float16 for that type inside (inputs and outputs stay float32); None for float32.
+        compile: False leaves out the compiled forms, which take a minute to build; True tries nothing else.
+        forms: Names out of `FORMS`; None for all that `compile` leaves.
+        tolerance: Largest difference from the model's own output, relative to its largest value; None for 1e-5, or 5e-2 in half
+            precision.
         repeats: Timed calls per form.
 
     Raises:
-        UserError: For an unknown form, or a model or sample that is not float32 on the CPU.
+        UserError: For an unknown form, another `dtype` or `compile`, or a model or sample that is not float32 on the CPU.
     """
     parameter = next(model.parameters())
     for name, tensor in (("model", parameter), ("sample", sample)):
@@ -85,6 +102,13 @@ def optimize_for_inference(
     for form in forms or ():
         if form not in FORMS:
             raise unknown_choice("form", form, list(FORMS))
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype: expected torch.bfloat16, torch.float16 or None, got {dtype}")
+    if compile not in (True, False, "auto"):
+        raise UserError(f"compile: expected True, False or 'auto', got {compile!r}")
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    tolerance = (5e-2 if half else 1e-5) if tolerance is None else tolerance
+    wanted = [form for form in FORMS if compile == "auto" or form.startswith("compiled") == compile]
     original = copy.deepcopy(model).eval()
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
@@ -92,10 +116,12 @@ def optimize_for_inference(
     with torch.inference_mode():
         expected = original(sample)
     fused = reparameterize_model(original)
-    for form in forms or FORMS:
+    example = sample if half is None else sample.to(half)
+    fused = fused if half is None else fused.to(half)
+    for form in forms or wanted:
         try:
             with torch.inference_mode():
-                runner = FORMS[form](copy.deepcopy(fused), sample)
+                runner = _in_float32(FORMS[form](copy.deepcopy(fused), example), half)
                 difference = (runner(sample) - expected).abs().max() / expected.abs().max()
         except Exception as error:  # a compiler that isn't installed, an operator that this build of torch lacks
             rejected[form] = " ".join(str(error).split())[:200] or type(error).__name__
@@ -129,6 +155,11 @@ def time_in_turns(
                 if turn or burst == 1:  # the first call of a burst finds the caches full of another form
                     times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _in_float32(run: Runner, half: torch.dtype | None) -> Runner:
+    """A form that computes in half precision, with float32 inputs and outputs."""
+    return run if half is None else lambda x: run(x.to(half)).float()
 
 
 def _eager(model: nn.Module, sample: torch.Tensor) -> Runner:

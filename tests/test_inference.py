@@ -93,7 +93,33 @@ def test_the_switch_for_onednn_is_put_back():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+def test_compiled_forms_can_be_left_out_or_asked_for_alone(model, sample, monkeypatch):
+    tried = []
+    for form in inference.FORMS:
+        monkeypatch.setitem(inference.FORMS, form, lambda model, x, form=form: tried.append(form) or model)
+    compiled = [form for form in inference.FORMS if form.startswith("compiled")]
+    for choice, expected in ((False, EAGER), (True, compiled), ("auto", [*EAGER, *compiled])):
+        tried.clear()
+        optimize_for_inference(model, sample, compile=choice, repeats=2)
+        assert tried == list(expected)
+
+
+def test_half_precision_inside_and_a_report_of_what_was_tried(model, sample):
+    optimized = optimize_for_inference(model, sample, torch.bfloat16, compile=False, repeats=2)
+    assert optimized(sample).dtype is torch.float32
+    assert 1e-5 < optimized.errors[optimized.form] < 5e-2
+    lines = optimized.report.splitlines()
+    assert len(lines) == len(optimized.milliseconds) + len(optimized.rejected)
+    assert lines[0].startswith(optimized.form)
+    assert "chosen" in lines[0]
+    assert next(model.parameters()).dtype is torch.float32
+
+
 def test_bad_arguments(model, sample):
+    with pytest.raises(UserError, match=r"dtype: expected torch\.bfloat16, torch\.float16 or None, got torch\.int8"):
+        optimize_for_inference(model, sample, torch.int8)
+    with pytest.raises(UserError, match=r"compile: expected True, False or 'auto', got 'yes'"):
+        optimize_for_inference(model, sample, compile="yes")
     with pytest.raises(UserError, match="unknown form 'packd'"):
         optimize_for_inference(model, sample, forms=["packd"])
     with pytest.raises(UserError, match=r"expected a float32 sample on the CPU, got torch\.bfloat16"):
