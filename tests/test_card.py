@@ -73,7 +73,7 @@ def test_what_was_recorded_is_said(the_hub, run):
     hub.push(run, NAME, license="cc-by-4.0")
     text = pushed_card(the_hub)
     read = ModelCard(text).data
-    assert read.library_name == "timm"
+    assert read.to_dict()["library_name"] == "timm"
     assert read.pipeline_tag == "image-classification"
     assert {"image-classification", "timm", "transformers", "effvit_zoo"} <= set(read.tags)
     assert read.license == "cc-by-4.0"

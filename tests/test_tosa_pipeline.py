@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from runs import make_photos
 from safetensors.torch import load_file
 
 import effvit_zoo
@@ -34,17 +33,8 @@ finetune: {optim: {lr: 5.0e-4}, train: {epochs: 2, batch_size: 8, trackers: []},
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two classes that differ in colour, 20 + 8 images each."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 8)):
-        for label, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
+    counts = {"train": {"blue": 20, "red": 20}, "val": {"blue": 8, "red": 8}}
+    return make_photos(tmp_path_factory.mktemp("photos"), counts)
 
 
 @pytest.fixture(scope="module")

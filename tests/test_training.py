@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import make_photos
 from safetensors.torch import load_file
 
 import train
@@ -27,17 +28,8 @@ SMALL = ["model.name=effzoo_vit_pico", "train.batch_size=8", "data.num_workers=0
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two classes that differ in colour, 24 + 8 images each."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 8)):
-        for label, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(colour) + rng.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return root
+    counts = {"train": {"blue": 24, "red": 24}, "val": {"blue": 8, "red": 8}}
+    return make_photos(tmp_path_factory.mktemp("photos"), counts)
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from ..errors import UserError, unknown_choice
 from ..inference import time_in_turns
 from ..viz.scaling import Line, scaling
 from .backbones import write_rows
+from .command import check_output, make_console
 from .host import gemm_gflops
 from .memory import peak_bytes
 
@@ -154,10 +155,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option}: expected 1 or more, got {getattr(args, option)}")
     if min(args.tokens) < 1:
         raise UserError(f"--tokens: expected 1 or more, got {min(args.tokens)}")
-    if args.output and args.output.suffix not in (".csv", ".json"):
-        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    check_output(args.output)
     torch.set_num_threads(args.threads)
-    console = Console()
+    console = make_console(150)
     host = {"processor": cost.processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
     header = f"{host['processor']}, {args.threads} thread(s), float32 matrix products {host['gemm_gflops']:.0f} GFLOP/s"
     console.print(f"{header}, torch {torch.__version__}", highlight=False)

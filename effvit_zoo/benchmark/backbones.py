@@ -24,8 +24,8 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from .. import cost
-from ..errors import UserError
 from ..inference import optimize_for_inference, time_in_turns
+from .command import check_output, make_console
 from .host import gemm_gflops
 from .memory import peak_bytes
 
@@ -49,12 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output and args.output.suffix not in (".csv", ".json"):
-        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    check_output(args.output)
     torch.set_num_threads(args.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a file has room for the whole table
+    console = make_console()
     rate = gemm_gflops()
     console.print(
         f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"

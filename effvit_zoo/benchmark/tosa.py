@@ -38,6 +38,7 @@ from ..training.loader import Feed
 from ..training.run import CONFIG_FILE, prepare
 from ..viz.selection import accuracy_over_macs
 from .backbones import write_rows
+from .command import check_output, make_console
 from .host import gemm_gflops
 from .memory import peak_bytes
 
@@ -69,12 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`."""
-    if args.output and args.output.suffix not in (".csv", ".json"):
-        raise UserError(f"--output {args.output}: expected a name that ends in .csv or .json")
+    check_output(args.output)
     torch.set_num_threads(args.threads)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    console = make_console()
     if args.run is None:
         rows = measure_speed(args, console)
     else:
