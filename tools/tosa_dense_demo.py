@@ -1,6 +1,6 @@
 """Segments scenes of garments with the ViTs of a finished ToSA training: the dense backbone beside token selection.
 
-    python tools/tosa_dense_demo.py --run runs/quickstart-tosa [--config configs/tosa/dense_demo.yaml] [--output FILE.json]
+    python tools/tosa_dense_demo.py --run runs/tosa [--config configs/tosa/dense_demo.yaml] [--output FILE.json]
 
 A scene is a canvas with some images of Fashion-MNIST at random places and sizes; each pixel belongs to one of the ten classes or to the
 background. Backbone and a linear head on its full grid of features are trained for the same number of steps at every attention ratio,
