@@ -93,7 +93,7 @@ def accuracy_over_macs(
                 ax.annotate(
                     f"r = {point['ratio']:g}",
                     place,
-                    (0, -14),
+                    (0, 8),
                     textcoords="offset points",
                     ha="center",
                     fontsize=8.5,
