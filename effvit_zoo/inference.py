@@ -5,10 +5,11 @@ is built from the fused model (`timm.models.reparameterize_model`), compared wit
 others in turns.
 
 Candidates: plain eager; eager in channels_last; eager with every Linear and Conv2d packed for oneDNN once instead of in every call,
-with and without the activations behind them computed in the same kernel; and `torch.compile` with frozen weights, by itself and with
-oneDNN in the place of MKL for matrix products. In float32 they are exact; a half precision has to be asked for. oneDNN is chosen by
-torch's switch for reduced precision ("tf32"): on a processor without such units the products stay exact, and on one with them the
-comparison with the original throws the form out.
+with and without the activations behind them computed in the same kernel; `torch.compile` with frozen weights, by itself and with
+oneDNN in the place of MKL for matrix products; and ONNX Runtime and OpenVINO where they are installed. (OpenVINO converts the exported
+graph: its backend of `torch.compile` fails on torch 2.14.) In float32 they are exact; a half precision has to be asked for. oneDNN is
+chosen by torch's switch for reduced precision ("tf32"): on a processor without such units the products stay exact, and on one with them
+the comparison with the original throws the form out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from .errors import UserError, unknown_choice
+from .export.runtimes import RUNTIMES, Runner, run_in
 
-Runner = Callable[[torch.Tensor], torch.Tensor]
+Builder = Callable[[nn.Module, torch.Tensor], Runner]
 
 
 class OptimizedModel(nn.Module):
@@ -83,10 +85,11 @@ def optimize_for_inference(
     `.report` of the result says what was tried, how fast and how exact each form was.
 
     Args:
-        model: Any float32 model on the CPU; it is copied, not changed.
+        model: Any float32 model on the CPU that gives one tensor; it is copied, not changed.
         sample: An input (B, 3, H, W) of the shape to be fast at.
         dtype: torch.bfloat16 or torch.float16 for that type inside (inputs and outputs stay float32); None for float32.
-        compile: False leaves out the compiled forms, which take a minute to build; True tries nothing else.
+        compile: "auto" tries all forms; False only torch's eager ones, which are ready at once while others take seconds to a minute to
+            build; True only `torch.compile`.
         forms: Names out of `FORMS`; None for all that `compile` leaves.
         tolerance: Largest difference from the model's own output, relative to its largest value; None for 1e-5, or 5e-2 in half
             precision.
@@ -108,7 +111,7 @@ def optimize_for_inference(
         raise UserError(f"compile: expected True, False or 'auto', got {compile!r}")
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
     tolerance = (5e-2 if half else 1e-5) if tolerance is None else tolerance
-    wanted = [form for form in FORMS if compile == "auto" or form.startswith("compiled") == compile]
+    wanted = FORMS if compile == "auto" else COMPILED_FORMS if compile else EAGER_FORMS
     original = copy.deepcopy(model).eval()
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
@@ -197,14 +200,28 @@ def _compiled_onednn(model: nn.Module, sample: torch.Tensor) -> Runner:
     return run
 
 
-FORMS: dict[str, Callable[[nn.Module, torch.Tensor], Runner]] = {
+def _in_runtime(runtime: str, model: nn.Module, sample: torch.Tensor) -> Runner:
+    """Another runtime, for images of the sample's size; the eager model for other sizes, which it was not exported for."""
+    if sample.dtype != torch.float32:
+        raise UserError(f"float32 only, got {sample.dtype}")
+    run = run_in(runtime, model, sample, torch.get_num_threads())
+    return lambda x: run(x.contiguous()) if x.shape[1:] == sample.shape[1:] else model(x)
+
+
+EAGER_FORMS: dict[str, Builder] = {
     "eager": _eager,
     "channels_last": _channels_last,
     "packed": _packed,
     "packed with activations": _packed_with_activations,
-    "compiled": _compiled,
-    "compiled, oneDNN": _compiled_onednn,
 }
+COMPILED_FORMS: dict[str, Builder] = {"compiled": _compiled, "compiled, oneDNN": _compiled_onednn}
+
+FORMS: dict[str, Builder] = {
+    **EAGER_FORMS,
+    **COMPILED_FORMS,
+    **{runtime: functools.partial(_in_runtime, runtime) for runtime in RUNTIMES},
+}
+"""Name of a form -> what builds it from a fused model of its own and a sample."""
 
 
 @contextlib.contextmanager

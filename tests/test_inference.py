@@ -1,5 +1,7 @@
 """optimize_for_inference: only exact forms compete, the fastest wins, and nothing of the host's settings is left changed."""
 
+import sys
+
 import pytest
 import timm
 import torch
@@ -43,6 +45,18 @@ def test_eager_forms_are_exact(model, sample):
 @pytest.mark.slow
 def test_compiled_forms_are_exact(model, sample):
     check(model, sample, list(inference.FORMS))
+
+
+def test_other_runtimes_are_exact_and_leave_other_sizes_to_torch(model, sample):
+    check(model, sample, ["onnxruntime", "openvino"])
+
+
+def test_a_runtime_that_cannot_serve_is_rejected_in_one_line(model, sample, monkeypatch):
+    half = optimize_for_inference(model, sample, torch.bfloat16, forms=["eager", "openvino"], repeats=2)
+    assert half.rejected == {"openvino": "float32 only, got torch.bfloat16"}
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    missing = optimize_for_inference(model, sample, forms=["eager", "openvino"], repeats=2)
+    assert missing.rejected == {"openvino": 'openvino is not installed: pip install "effvit_zoo[openvino]"'}
 
 
 def test_an_inexact_form_is_thrown_out(model, sample, monkeypatch):
@@ -97,8 +111,12 @@ def test_compiled_forms_can_be_left_out_or_asked_for_alone(model, sample, monkey
     tried = []
     for form in inference.FORMS:
         monkeypatch.setitem(inference.FORMS, form, lambda model, x, form=form: tried.append(form) or model)
-    compiled = [form for form in inference.FORMS if form.startswith("compiled")]
-    for choice, expected in ((False, EAGER), (True, compiled), ("auto", [*EAGER, *compiled])):
+    compiled = ["compiled", "compiled, oneDNN"]
+    for choice, expected in (
+        (False, EAGER),
+        (True, compiled),
+        ("auto", [*EAGER, *compiled, "onnxruntime", "openvino"]),
+    ):
         tried.clear()
         optimize_for_inference(model, sample, compile=choice, repeats=2)
         assert tried == list(expected)

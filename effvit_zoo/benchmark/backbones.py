@@ -1,7 +1,8 @@
 """`effzoo benchmark backbones`: our backbones against timm's with the same weights, in one process, taking turns.
 
 Per model and batch: timm's eager and timm's `torch.compile` with frozen weights; ours fused in plain eager; ours after
-`optimize_for_inference`; and a training step (forward and backward) of both. Beside each time stands what share of the host's own matrix
+`optimize_for_inference`, with torch alone and with the other runtimes that are installed; and a training step (forward and backward)
+of both. Beside each time stands what share of the host's own matrix
 product rate it is.
 """
 
@@ -24,7 +25,8 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from .. import cost
-from ..inference import optimize_for_inference, time_in_turns
+from ..export.runtimes import RUNTIMES
+from ..inference import COMPILED_FORMS, EAGER_FORMS, optimize_for_inference, time_in_turns
 from .command import check_output, make_console
 from .host import gemm_gflops
 from .memory import peak_bytes
@@ -90,32 +92,42 @@ def twins(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
 
 
 def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
-    """Times in ms: timm_eager, timm_compiled, fused (ours, eager), optimized (ours, best form); ratios are theirs over ours."""
+    """Times in ms: timm_eager, timm_compiled, fused (ours, eager), optimized_torch and optimized (ours, the best of torch's forms and of
+    all forms); ratios are theirs over ours."""
     theirs, ours = twins(name, img_size)
     sample = torch.randn(batch, 3, img_size, img_size)
     macs = batch * cost.count_macs(theirs, (3, img_size, img_size))
     fused = reparameterize_model(ours)
-    optimized = optimize_for_inference(ours, sample, repeats=repeats)
+    in_torch = optimize_for_inference(ours, sample, forms=[*EAGER_FORMS, *COMPILED_FORMS], repeats=repeats)
+    optimized = optimize_for_inference(ours, sample, forms=[in_torch.form, *RUNTIMES], repeats=repeats)
     with torch.inference_mode():
         compiled = torch.compile(theirs, options={"freezing": True})
         calls: dict[str, Callable[[], Any]] = {
             "timm_eager": lambda: theirs(sample),
             "timm_compiled": lambda: compiled(sample),
             "fused": lambda: fused(sample),
+            "optimized_torch": lambda: in_torch(sample),
             "optimized": lambda: optimized(sample),
         }
         expected = theirs(sample)
-        error = float((optimized(sample) - expected).abs().max() / expected.abs().max())
+        error = max(float((run(sample) - expected).abs().max() / expected.abs().max()) for run in (in_torch, optimized))
         times = time_in_turns(calls, repeats)
     return {
         "model": name,
         "batch": batch,
         **times,
+        "form_torch": in_torch.form,
         "form": optimized.form,
         "error": error,
         "fused_ratio": times["timm_eager"] / times["fused"],
-        "optimized_ratio_eager": times["timm_eager"] / times["optimized"],
-        "optimized_ratio_best": min(times["timm_eager"], times["timm_compiled"]) / times["optimized"],
+        **{
+            f"{form}_ratio_{name}": time / times[form]
+            for form in ("optimized_torch", "optimized")
+            for name, time in (
+                ("eager", times["timm_eager"]),
+                ("best", min(times["timm_eager"], times["timm_compiled"])),
+            )
+        },
         "gflop": 2 * macs / 1e9,
     }
 
@@ -174,7 +186,8 @@ def geometric_mean(values: list[float]) -> float:
 def _print_inference(console: Console, row: dict[str, Any]) -> None:
     console.print(
         f"  {row['model']}, batch {row['batch']}: timm eager {row['timm_eager']:.1f} ms, compiled {row['timm_compiled']:.1f}; "
-        f"ours fused {row['fused']:.1f}, optimized {row['optimized']:.1f} ({row['form']}), error {row['error']:.1e}",
+        f"ours fused {row['fused']:.1f}, optimized in torch {row['optimized_torch']:.1f} ({row['form_torch']}), "
+        f"in all {row['optimized']:.1f} ({row['form']}), error {row['error']:.1e}",
         highlight=False,
     )
 
@@ -189,6 +202,9 @@ def _print_table(console: Console, rows: list[dict[str, Any]]) -> None:
         "timm compiled",
         "fused",
         "x eager",
+        "optimized, torch",
+        "x eager",
+        "x best of timm",
         "optimized",
         "x eager",
         "x best of timm",
@@ -207,13 +223,19 @@ def _print_table(console: Console, rows: list[dict[str, Any]]) -> None:
             cell("timm_compiled"),
             cell("fused"),
             f"{row['fused_ratio']:.2f}",
+            f"{cell('optimized_torch')} {row['form_torch']}",
+            f"{row['optimized_torch_ratio_eager']:.2f}",
+            f"{row['optimized_torch_ratio_best']:.2f}",
             f"{cell('optimized')} {row['form']}",
             f"{row['optimized_ratio_eager']:.2f}",
             f"{row['optimized_ratio_best']:.2f}",
         )
     if measured:
-        keys = ("fused_ratio", "optimized_ratio_eager", "optimized_ratio_best")
+        keys = (
+            "fused_ratio",
+            *(f"optimized{which}_ratio_{over}" for which in ("_torch", "") for over in ("eager", "best")),
+        )
         means = [f"{geometric_mean([row[key] for row in measured]):.2f}" for key in keys]
         table.add_section()
-        table.add_row("geometric mean", "", "", "", "", means[0], "", means[1], means[2])
+        table.add_row("geometric mean", "", "", "", "", means[0], "", *means[1:3], "", *means[3:])
     console.print(table)
