@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the engine costs over a bare training loop: images per second of both, turn by turn in one process, and memory over many steps.
+"""What the engine costs over a bare training loop: images per second of both, turn by turn, and memory over many steps.
 
 Both train the same timm model with the same transforms, loader workers, optimizer and batches. The bare loop has nothing else: no
-progress, no metrics, no guards, no schedule. Turns alternate and each side's median counts, so that other work on the machine falls
-on both; the processor time of the training process is compared too, which other work doesn't touch.
+progress, no metrics, no guards, no schedule. Each turn has a process of its own, for the engine sets the allocator. Turns alternate and
+each side's median counts, so that other work on the machine falls on both; the processor time of the training process is compared too.
 
     python tools/training_overhead.py                    # speed
     python tools/training_overhead.py --memory-steps 2000
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +160,10 @@ def main() -> None:
         return
     rates: dict[str, list[tuple[float, float]]] = {"bare": [], "engine": []}
     sides = {"bare": bare_rate, "engine": engine_rate}
-    for turn in range(args.turns + 1):
+    for turn in range(args.turns):
         for name in ("bare", "engine") if turn % 2 else ("engine", "bare"):
-            measured = sides[name](config, args.steps)
-            if turn:  # the first turn of each warms up
-                rates[name].append(measured)
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as own_process:
+                rates[name].append(own_process.submit(sides[name], config, args.steps).result())
     for which, unit in enumerate(("images/s", "images per second of processor time")):
         columns = {name: [each[which] for each in values] for name, values in rates.items()}
         for name, values in columns.items():

@@ -31,6 +31,7 @@ from .evaluation import Evaluation, evaluate
 from .freezing import FrozenBackbone
 from .guards import BufferKeeper, SigtermWatch, save_batches, watched_loader
 from .loader import Batch, Feed, seed_everything
+from .memory import keep_freed_memory
 from .optim import make_optimizer, make_scheduler
 from .report import write_figures, write_metrics
 from .tasks import Task
@@ -66,6 +67,7 @@ def fit(
             `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
         SystemExit: With code 0, after a SIGTERM and the checkpoint that it asks for.
     """
+    keep_freed_memory()
     return _Run(task, feed, config, accelerator, folder, checkpoint).finish()
 
 

@@ -1,0 +1,32 @@
+"""How the C library's allocator treats what a training step frees."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc takes no larger one on 64 bits (mallopt(3))
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc keep freed memory for the next step, instead of giving it back to the system and paging it in again.
+
+    A training step allocates and frees the same large tensors every time. By default glibc maps many of them anew, and on a CPU the
+    page faults take some percent of the step (`tools/training_overhead.py` compares). What `MALLOC_*` variables ask for goes first;
+    with another C library nothing happens.
+
+    Returns:
+        Whether it was set.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    )
+    if not sys.platform.startswith("linux") or chosen:
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    never = -1  # a threshold of -1 turns trimming off
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, never))

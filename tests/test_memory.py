@@ -1,0 +1,38 @@
+"""The allocator keeps what a step frees: large tensors are no longer paged in anew, unless the user has set it otherwise."""
+
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import resource, sys, torch
+from effvit_zoo.training.memory import keep_freed_memory
+print(keep_freed_memory())
+def churn():
+    for _ in range(20):
+        kept = [torch.ones(4 * 2**20) for _ in range(4)]  # 16 MB each, all freed at once
+churn()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+churn()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True)
+    was_set, count = done.stdout.split()
+    return was_set == "True", int(count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_used_again(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    was_set, kept = faults(monkeypatch)
+    if not was_set:
+        pytest.skip("no glibc, or the environment has chosen")
+    left_alone, mapped_anew = faults(monkeypatch, MALLOC_MMAP_THRESHOLD_="131072")
+    assert not left_alone
+    assert mapped_anew > 20 * kept
