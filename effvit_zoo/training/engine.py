@@ -155,7 +155,8 @@ class _Run:
                     self._save_checkpoint()
         if self.accelerator.is_main_process:
             self._draw()
-        return FitResult(state, self.validated_model, self._rate())
+        # FSDP's shards can't be called by one process alone; their gathered copy can
+        return FitResult(state, self.validated_model if self.whole is None else self.whole, self._rate())
 
     def _is_through(self) -> bool:
         state, patience = self.state, self.config.train.patience
