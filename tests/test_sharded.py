@@ -25,7 +25,7 @@ def launch(port, *arguments):
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
