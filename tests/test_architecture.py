@@ -20,11 +20,11 @@ ALLOWED = {
     "hub": {"models", "publish"},
     "published": {"hub", "cost"},
     "convert": {"models", "hub"},
-    "inference": {"attention", "models"},
+    "inference": {"attention", "models", "export"},
     "viz": {"models"},
     "prediction": {"models", "hub", "viz"},
     "benchmark": {"attention", "models", "hub", "cost", "inference", "viz", "training", "export"},
-    "export": {"models", "hub", "cost", "inference"},
+    "export": {"models", "hub", "cost"},
     "training": {"models", "hub", "cost", "viz", "export"},
     "pipelines": {"training", "models", "hub", "cost", "viz", "benchmark"},
     "cli": {
