@@ -117,31 +117,31 @@ def attend_in_pieces(
     return out
 
 
-def chunks(*tensors: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
-    """Yields a piece of tokens of each tensor at a time, widened. The first tensor sets the size, all have equally many tokens."""
-    N = tensors[0].shape[-2]
+def chunks(*tensors: torch.Tensor, axis: int = -2) -> Iterator[Tuple[torch.Tensor, ...]]:
+    """Yields a piece along `axis` of each tensor at a time, widened. The first tensor sets the size, all are equally long there."""
+    N = tensors[0].shape[axis]
     step = max(PIECE_ELEMENTS * N // max(tensors[0].numel(), 1), 1)
     for start in range(0, N, step):
-        yield tuple(widen(x.narrow(-2, start, min(step, N - start))) for x in tensors)
+        yield tuple(widen(x.narrow(axis, start, min(step, N - start))) for x in tensors)
 
 
 def sum_over_chunks(
-    summarise: Callable[..., Tuple[torch.Tensor, ...]], *tensors: torch.Tensor
+    summarise: Callable[..., Tuple[torch.Tensor, ...]], *tensors: torch.Tensor, axis: int = -2
 ) -> Tuple[torch.Tensor, ...]:
     """The sums over all chunks of the tensors that `summarise(*chunk)` returns."""
     total: Tuple[torch.Tensor, ...] = ()
-    for chunk in chunks(*tensors):
+    for chunk in chunks(*tensors, axis=axis):
         part = summarise(*chunk)
         total = tuple(t.add_(p) for t, p in zip(total, part, strict=True)) if total else part
     return total
 
 
-def map_chunks(out: torch.Tensor, read: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> None:
-    """Writes `read(*chunk)` into the tokens of `out` that the chunk covers."""
+def map_chunks(out: torch.Tensor, read: Callable[..., torch.Tensor], *tensors: torch.Tensor, axis: int = -2) -> None:
+    """Writes `read(*chunk)` into the part of `out` that the chunk covers."""
     start = 0
-    for chunk in chunks(*tensors):
-        length = chunk[0].shape[-2]
-        out.narrow(-2, start, length).copy_(read(*chunk))
+    for chunk in chunks(*tensors, axis=axis):
+        length = chunk[0].shape[axis]
+        out.narrow(axis, start, length).copy_(read(*chunk))
         start += length
 
 

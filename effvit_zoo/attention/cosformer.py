@@ -12,6 +12,8 @@ where a = pi/2 index / N on a line, and a = pi/2 row / rows, b = pi/2 column / c
 relu(k_j)) w_ij is the product of two features relu(x) (x) t of R D channels, R the table's width, and the keys can be summed first. Below
 R D tokens it is cheaper to write s out; the same table then gives w.
 
+Above that the 2-D sum form needs no features either: `_grid_lines`.
+
 Deliberate differences from both: no causal form; sums, angles and tables in float32 whatever the input (half precision merges 784
 positions into 398 angles, and 1 / 1e-6 has no float16 value); indices from 0, which a difference of angles does not see. Of Vicinity's
 block only the attention: no clipping of intermediate results, no gate on the output, no feature reduction.
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
+from ._grid_lines import attend_lines, attend_lines_in_pieces
 from ._linear import (
     attend_in_pieces,
     check_heads,
@@ -68,9 +71,22 @@ def _grid_table(rows: int, columns: int, form: str, dtype: torch.dtype, device: 
     return torch.stack([a.cos() * b.cos(), a.cos() * b.sin(), a.sin() * b.cos(), a.sin() * b.sin()], dim=-1)
 
 
+def _grid_line_tables(
+    rows: int, columns: int, prefix: bool, dtype: torch.dtype, device: torch.device
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The tables of a grid's rows and of its columns, (rows, 1, 2) and (columns, 1, 2).
+
+    With `prefix` rows have a third entry, 1, for the pairs in which every place weighs alike.
+    """
+    a, b = _angles(rows, rows, dtype, device), _angles(columns, columns, dtype, device)
+    of_rows = [a.cos(), a.sin(), torch.ones_like(a)] if prefix else [a.cos(), a.sin()]
+    return torch.stack(of_rows, dim=-1).unsqueeze(-2), torch.stack([b.cos(), b.sin()], dim=-1).unsqueeze(-2)
+
+
 # in eager inference every block asks for the same few tables; elsewhere they are constants of the recorded graph
 _kept_line_tables = lru_cache(maxsize=16)(_line_tables)
 _kept_grid_table = lru_cache(maxsize=16)(_grid_table)
+_kept_grid_line_tables = lru_cache(maxsize=16)(_grid_line_tables)
 
 
 def _table_dtype(x: torch.Tensor) -> torch.dtype:
@@ -285,6 +301,16 @@ def cosformer_attention_2d(
             f"expected {num_prefix_tokens} prefix tokens and a grid of {rows} x {columns}, got {q.shape[-2]} queries and {k.shape[-2]} keys"
         )
     dtype = _table_dtype(q)
+    if form == "sum" and not quadratic_is_cheaper(q, k, rank=4):
+        if torch.jit.is_scripting():
+            of_rows, of_columns = _grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
+            return attend_lines(q, k, v, of_rows, of_columns, eps)
+        with without_autocast(q):
+            if is_eager_inference(q, k, v):
+                tables = _kept_grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
+                return attend_lines_in_pieces(q, k, v, *tables, eps)
+            tables = _grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
+            return attend_lines(q, k, v, *tables, eps)
     if torch.jit.is_scripting():
         table = _grid_table(rows, columns, form, dtype, q.device)
         return _attend(q, k, v, table, table, eps, False)
