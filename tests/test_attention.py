@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from effvit_zoo import attention
 from effvit_zoo.attention import TOKEN_MIXERS, _linear
+from effvit_zoo.attention.additive import efficient_additive_attention
+from effvit_zoo.attention.cross_covariance import cross_covariance_attention
+from effvit_zoo.attention.multiscale_linear import relu_linear_attention
 
 GOLDEN = load_file(Path(__file__).parent / "golden/attention.safetensors")
 
@@ -259,6 +262,34 @@ def test_inference_works_in_pieces(name):
         with torch.no_grad(), Recorder() as recorder:
             f(*inputs)
         assert 0 < recorder.largest <= width * _linear.PIECE_ELEMENTS
+
+
+OTHER_FUNCTIONS = {
+    "xca": lambda q, k, v: (cross_covariance_attention(q, k, v, torch.full((2, 1, 1), 3.0)),),
+    "relu": lambda q, k, v: (relu_linear_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)),),
+    "additive": lambda q, k, v: efficient_additive_attention(
+        q.flatten(1, 2).mT, k.flatten(1, 2).mT, v[0, :, :, 0].reshape(-1, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
+def test_chunks_of_tokens_change_nothing(name, dtype, monkeypatch):
+    f = OTHER_FUNCTIONS[name]
+    inputs = torch.randn(3, 2, 2, 8, 77, generator=torch.Generator().manual_seed(0)).to(dtype).unbind(0)
+    with torch.no_grad():
+        whole = f(*inputs)
+    seen = []
+    narrow = torch.Tensor.narrow
+    monkeypatch.setattr(torch.Tensor, "narrow", lambda x, *args: seen.append(x) or narrow(x, *args))
+    for elements in (8, 200):  # a token at a time, and chunks with a remainder
+        monkeypatch.setattr(_linear, "PIECE_ELEMENTS", elements)
+        with torch.no_grad():
+            for x, y in zip(f(*inputs), whole, strict=True):
+                assert x.dtype == y.dtype
+                assert error(x, y) < (1e-5 if dtype is torch.float32 else 1e-2)
+    assert seen
 
 
 @pytest.mark.parametrize("name", [name for name in TOKEN_MIXERS if name != "softmax"])

@@ -7,6 +7,7 @@ import matplotlib
 import pytest
 import torch
 from test_attention import error
+from torch.utils._pytree import tree_leaves
 
 from effvit_zoo import attention, cli
 from effvit_zoo.benchmark import attention as bench
@@ -22,6 +23,7 @@ def test_peak_is_that_of_the_largest_moment():
         assert peak_bytes(lambda: (q @ k.mT).softmax(-1) @ v) == 2 * FLOATS
         assert peak_bytes(lambda: q @ k.mT) == 0  # the result does not count
         assert peak_bytes(lambda: v) == 0
+        assert peak_bytes(lambda: (q @ k.mT, q @ v.mT, v)) == 0  # nor do several
 
 
 def test_peak_leaves_stderr_as_it_was(capfd):
@@ -39,18 +41,24 @@ def test_every_token_mixer_is_measured():
 @pytest.mark.parametrize("name", bench.MECHANISMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_mechanism_keeps_size_and_type(name, dtype):
-    shape = bench.Shape(6, 2, 4, dtype)
-    inputs = torch.randn(3, 1, 2, 6, 4).to(dtype).unbind(0)
-    out = bench.MECHANISMS[name][1](shape)(*inputs)
-    assert out.numel() == inputs[0].numel()
-    assert out.dtype == dtype
-    assert torch.isfinite(bench.bound(bench.MECHANISMS[name][1](shape), inputs, backward=True)()).all()
+    mechanism, shape = bench.MECHANISMS[name], bench.Shape(6, 2, 4, dtype)
+    qkv = torch.randn(1, 6, 3, 2, 4).to(dtype)
+    separate, packed = (mechanism.inputs(qkv, packed) for packed in (False, True))
+    assert all(x.is_contiguous() and x.data_ptr() != qkv.data_ptr() for x in separate)
+    assert packed[0].data_ptr() == qkv.data_ptr()
+    function = mechanism.build(shape)
+    outs, packed_outs = tree_leaves(function(*separate)), tree_leaves(function(*packed))
+    for out, packed_out in zip(outs, packed_outs, strict=True):
+        assert out.numel() == qkv.numel() // 3
+        assert out.dtype == dtype
+        assert error(out, packed_out) < (1e-5 if dtype is torch.float32 else 2e-2)
+    assert all(torch.isfinite(x).all() for x in tree_leaves(bench.bound(function, packed, backward=True)()))
 
 
 def test_both_references_are_the_same_function():
     q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
     naive, sdpa = (
-        bench.MECHANISMS[name][1](bench.Shape(6, 2, 4, torch.float32))(q, k, v) for name in ("naive", "sdpa")
+        bench.MECHANISMS[name].build(bench.Shape(6, 2, 4, torch.float32))(q, k, v) for name in ("naive", "sdpa")
     )
     assert error(naive, sdpa) < 1e-5
 

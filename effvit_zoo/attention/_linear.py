@@ -71,13 +71,18 @@ def without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext()
 
 
-def is_eager_inference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether operations on a CPU's q, k, v are run here and now and recorded by nobody: no gradient, tracer, compiler or fake tensor."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type != "cpu":
+def is_eager_inference(*tensors: torch.Tensor) -> bool:
+    """Whether operations on these CPU tensors are run here and now and recorded by nobody: no gradient, tracer, compiler or fake tensor."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensors[0].device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return all(type(x) is torch.Tensor for x in (q, k, v))
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def exceeds_piece(elements: int, *tensors: torch.Tensor) -> bool:
+    """Whether eager inference on tensors, of which one image has so many elements, should go in chunks of tokens."""
+    return elements > PIECE_ELEMENTS and is_eager_inference(*tensors)
 
 
 def attend_in_pieces(

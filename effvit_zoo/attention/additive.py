@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
+from ._linear import exceeds_piece, map_chunks, widen
 from ._mixer import TokenMixer
 
 
@@ -34,6 +35,34 @@ def l2_normalize(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum(dim, keepdim=True) + 1e-24)
 
 
+def _attend(q: torch.Tensor, k: torch.Tensor, w_g: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    q, k = l2_normalize(q, -1), l2_normalize(k, -1)
+    score = l2_normalize(q @ w_g, 1)  # (B, N, 1), normalised over tokens, no softmax
+    pooled = score.transpose(1, 2) @ q  # (B, 1, C)
+    return pooled * k, q
+
+
+def _attend_image(
+    context: torch.Tensor, out_q: torch.Tensor, q: torch.Tensor, k: torch.Tensor, w_g: torch.Tensor
+) -> None:
+    """Writes the results for one image, (N, C) each, piece by piece; the scores' norm scales the pooled query."""
+    w_g = widen(w_g)
+    pooled, squares = torch.zeros(()), torch.zeros(())
+
+    def pool(q: torch.Tensor) -> torch.Tensor:
+        nonlocal pooled, squares
+        q = l2_normalize(q, -1)
+        score = (q @ w_g).t()  # (1, N)
+        pooled, squares = pooled + score @ q, squares + score @ score.t()
+        return q
+
+    map_chunks(out_q, pool, q)
+    pooled = pooled * (squares + 1e-24) ** -0.5
+    map_chunks(context, lambda k: l2_normalize(k, -1).mul_(pooled), k)
+
+
+@torch.fx.wrap
+@register_notrace_function
 def efficient_additive_attention(
     q: torch.Tensor, k: torch.Tensor, w_g: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -47,10 +76,14 @@ def efficient_additive_attention(
     Returns:
         (context, q): the gated keys and the normalised queries, each (B, N, C). The queries are the block's residual path.
     """
-    q, k = l2_normalize(q, -1), l2_normalize(k, -1)
-    score = l2_normalize(q @ w_g, 1)  # (B, N, 1), normalised over tokens, no softmax
-    pooled = score.transpose(1, 2) @ q  # (B, 1, C)
-    return pooled * k, q
+    if torch.jit.is_scripting():
+        return _attend(q, k, w_g)
+    if not exceeds_piece(q.shape[1] * q.shape[2], q, k, w_g):
+        return _attend(q, k, w_g)
+    context, out_q = torch.empty_like(k), torch.empty_like(q)
+    for i in range(q.shape[0]):
+        _attend_image(context[i], out_q[i], q[i], k[i], w_g)
+    return context, out_q
 
 
 class EfficientAdditiveAttention(nn.Module):

@@ -3,8 +3,9 @@
 "XCiT: Cross-Covariance Image Transformers", arXiv:2106.09681, in the form of EdgeNeXt, arXiv:2206.10589.
 Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f, models/sdta_encoder.py (MIT). Own code.
 
-Deliberate differences: x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for (equal but for vectors
-shorter than 1e-11); half-precision queries and keys are normalised in float32, where sums of squares over many tokens do not overflow.
+Deliberate differences: the norms scale the small D x D product rather than queries and keys; x / max(|x|, 1e-12) is written
+x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for (equal but for vectors shorter than 1e-11); half-precision queries and
+keys are compared in float32, where sums of squares over many tokens do not overflow.
 
 As a token mixer of a plain ViT a class token is one more token: it enters the comparison of the channels and receives the same mixture
 of them. (XCiT itself adds the class token behind these layers.)
@@ -13,26 +14,36 @@ Layout: the function takes channels by tokens, (B, H, D, N); the modules tokens 
 D channels per head, C = H * D.
 """
 
-from typing import Any
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._linear import widen
+from ._linear import exceeds_piece, sum_over_chunks, widen
 from ._mixer import TokenMixer
+
+
+def _products(q: torch.Tensor, k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Channels by tokens (..., D, N) -> q k^T, (..., D, D), and the squared norms of q's and of k's rows, (..., D)."""
+    return q @ k.transpose(-2, -1), (q * q).sum(-1), (k * k).sum(-1)
 
 
 @torch.fx.wrap
 @register_notrace_function
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """Every vector along the last axis divided by its Euclidean norm, in float32 at least; zero vectors stay zero.
+def channel_cosines(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Cosines between channels over all tokens, (..., D, N) and (..., D, N) -> (..., D, D), in float32 at least; 0 for zero vectors.
 
     One node for fx, which cannot branch on the dtype.
     """
-    x = widen(x)
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-24)
+    if torch.jit.is_scripting():
+        products, q_squares, k_squares = _products(widen(q), widen(k))
+    elif exceeds_piece(q.shape[-1] * q.shape[-2], q, k):
+        products, q_squares, k_squares = sum_over_chunks(_products, q, k, axis=-1)
+    else:
+        products, q_squares, k_squares = _products(widen(q), widen(k))
+    return products * torch.rsqrt(q_squares + 1e-24).unsqueeze(-1) * torch.rsqrt(k_squares + 1e-24).unsqueeze(-2)
 
 
 def cross_covariance_attention(
@@ -50,7 +61,7 @@ def cross_covariance_attention(
     Returns:
         (B, H, D, N) in v's dtype.
     """
-    weights = (unit_rows(q) @ unit_rows(k).transpose(-2, -1)) * temperature  # (B, H, D, D)
+    weights = channel_cosines(q, k) * temperature  # (B, H, D, D)
     weights = weights.softmax(-1)
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)

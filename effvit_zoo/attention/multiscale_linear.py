@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._linear import widen, without_autocast
+from ._linear import exceeds_piece, map_chunks, sum_over_chunks, widen, without_autocast
 from ._mixer import GridMixer
 
 
@@ -43,6 +43,22 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> to
     numerator, denominator = torch.bmm(kv, q).split([v.shape[1] - 1, 1], dim=1)
     # one reciprocal per position: cheaper than a division per element, above all in backward
     return (numerator * (denominator + eps).reciprocal()).to(dtype)
+
+
+def _summarise(k: torch.Tensor, v: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Keys (D, N) and values (Dv, N) of a head -> sums of v k^T, (Dv, D), and of k, (1, D), after relu."""
+    k = k.relu()
+    return v @ k.t(), k.sum(-1).unsqueeze(0)
+
+
+def _attend_head(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
+    kv, k_sum = sum_over_chunks(_summarise, k, v, axis=-1)
+
+    def read(q: torch.Tensor) -> torch.Tensor:
+        q = q.relu()
+        return (kv @ q).mul_((k_sum @ q).add_(eps).reciprocal_())
+
+    map_chunks(out, read, q, axis=-1)
 
 
 @torch.fx.wrap
@@ -72,7 +88,12 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     if torch.jit.is_scripting():
         return _attend(q, k, v, eps)
     with without_autocast(q):
-        return _attend(q, k, v, eps)
+        if not exceeds_piece(q.shape[1] * q.shape[2], q, k, v):
+            return _attend(q, k, v, eps)
+        out = v.new_empty(q.shape[0], v.shape[1], q.shape[2])
+        for i in range(q.shape[0]):
+            _attend_head(out[i], q[i], k[i], v[i], eps)
+        return out
 
 
 class GroupedPointwise(nn.Conv2d):

@@ -1,8 +1,9 @@
 """`effzoo benchmark attention`: what every mechanism costs by itself, in time and memory, as the number of tokens grows.
 
-Each is a function of q, k and v as one projection of one image leaves them, (1, N, 3, H, D) seen as (1, H, N, D); projections are not in
-it. Naive softmax (which writes the N x N table) and torch's fused one are the references. Convolutional modulation and the 2-D form of
-cosFormer take the tokens as a grid; of multi-scale linear attention it is one scale.
+Each is a function of q, k and v of one image; projections are not in it. Each of the three lies in memory of its own in the order of axes
+that the function takes (`--layout separate`), or all lie as one projection leaves them, (1, N, 3, H, D) (`--layout packed`): tokens that no
+longer fit the cache cost more there. Naive softmax (which writes the N x N table) and torch's fused one are the references.
+Convolutional modulation and the 2-D form of cosFormer take the tokens as a grid; of multi-scale linear attention it is one scale.
 
 Time is the median of calls that take turns; a call of more than half a second is repeated three times only. Memory is the peak beside
 inputs and output (`memory.peak_bytes`), forward + backward including the gradients. Exponents are slopes in the double logarithmic plot
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch.utils._pytree import tree_leaves
 
 from .. import attention, cost
 from ..attention.additive import efficient_additive_attention
@@ -40,7 +42,7 @@ from .host import gemm_gflops
 from .memory import peak_bytes
 
 Tensor = torch.Tensor
-Mechanism = Callable[[Tensor, Tensor, Tensor], Tensor]
+Function = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 
 FIT = (1024, 16384)
 """Tokens between which the exponents are fitted."""
@@ -63,68 +65,79 @@ class Shape(NamedTuple):
         return rows, self.tokens // rows
 
 
-def joined(x: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, N, C), a view of the projection's output."""
-    return x.transpose(1, 2).flatten(2)
+class Mechanism(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        label: Its name in tables and plots.
+        axes: Order of the axes that it takes, a key of `AXES`.
+        build: Shape -> function of q, k and v.
+    """
+
+    label: str
+    axes: str
+    build: Callable[[Shape], Function]
+
+    def inputs(self, qkv: Tensor, packed: bool) -> tuple[Tensor, ...]:
+        """(1, N, 3, H, D) -> q, k and v for the function, views of it or contiguous copies."""
+        views = (AXES[self.axes](x) for x in qkv.unbind(2))
+        return tuple(views) if packed else tuple(x.clone(memory_format=torch.contiguous_format) for x in views)
 
 
-def naive_softmax(shape: Shape) -> Mechanism:
+AXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads": lambda x: x.transpose(1, 2),  # (B, H, N, D)
+    "tokens": lambda x: x.flatten(2),  # (B, N, C)
+    "channels": lambda x: x.permute(0, 2, 3, 1),  # (B, H, D, N)
+}
+
+
+def naive_softmax(shape: Shape) -> Function:
     return lambda q, k, v: ((q * shape.dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def cosformer_2d(shape: Shape) -> Mechanism:
+def cosformer_2d(shape: Shape) -> Function:
     return functools.partial(attention.cosformer_attention_2d, grid_size=shape.grid)
 
 
-def hydra(shape: Shape) -> Mechanism:
-    return lambda q, k, v: attention.hydra_attention(joined(q), joined(k), joined(v))
+def xca(shape: Shape) -> Function:
+    return functools.partial(cross_covariance_attention, temperature=torch.ones(shape.heads, 1, 1))
 
 
-def xca(shape: Shape) -> Mechanism:
-    temperature = torch.ones(shape.heads, 1, 1)
-    return lambda q, k, v: cross_covariance_attention(q.mT, k.mT, v.mT, temperature).mT
-
-
-def additive(shape: Shape) -> Mechanism:
+def additive(shape: Shape) -> Function:
     w_g = torch.randn(shape.heads * shape.dim, 1, dtype=shape.dtype)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        context, q = efficient_additive_attention(joined(q), joined(k), w_g)
-        return context + q
-
-    return call
+    return lambda q, k, v: efficient_additive_attention(q, k, w_g)
 
 
-def relu_linear(shape: Shape) -> Mechanism:
-    return lambda q, k, v: relu_linear_attention(q.mT.flatten(0, 1), k.mT.flatten(0, 1), v.mT.flatten(0, 1)).mT
+def relu_linear(shape: Shape) -> Function:
+    return lambda q, k, v: relu_linear_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
 
 
-def conv_modulation(shape: Shape) -> Mechanism:
+def conv_modulation(shape: Shape) -> Function:
     channels, side = shape.heads * shape.dim, 11
     kernel = torch.randn(channels, 1, side, side, dtype=shape.dtype) / side
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = F.gelu(q).mT.reshape(-1, channels, *shape.grid)  # (B, C, rows, columns)
+        x = F.gelu(q).reshape(-1, channels, *shape.grid)  # (B, C, rows, columns)
         a = F.conv2d(x, kernel, padding=side // 2, groups=channels)
-        return joined(v) * a.flatten(2).mT
+        return v * a.view_as(v)
 
     return call
 
 
-MECHANISMS: dict[str, tuple[str, Callable[[Shape], Mechanism]]] = {
-    "naive": ("softmax, naive", naive_softmax),
-    "sdpa": ("softmax, SDPA", lambda shape: attention.softmax_attention),
-    "elu": ("ELU", lambda shape: attention.elu_linear_attention),
-    "cosformer": ("cosFormer", lambda shape: attention.cosformer_attention),
-    "cosformer_2d": ("cosFormer 2-D", cosformer_2d),
-    "hydra": ("Hydra", hydra),
-    "sima": ("SimA", lambda shape: attention.sima_attention),
-    "xca": ("cross-covariance", xca),
-    "additive": ("additive", additive),
-    "multiscale_linear": ("ReLU linear", relu_linear),
-    "conv_mod": ("conv modulation", conv_modulation),
+MECHANISMS = {
+    "naive": Mechanism("softmax, naive", "heads", naive_softmax),
+    "sdpa": Mechanism("softmax, SDPA", "heads", lambda shape: attention.softmax_attention),
+    "elu": Mechanism("ELU", "heads", lambda shape: attention.elu_linear_attention),
+    "cosformer": Mechanism("cosFormer", "heads", lambda shape: attention.cosformer_attention),
+    "cosformer_2d": Mechanism("cosFormer 2-D", "heads", cosformer_2d),
+    "hydra": Mechanism("Hydra", "tokens", lambda shape: attention.hydra_attention),
+    "sima": Mechanism("SimA", "heads", lambda shape: attention.sima_attention),
+    "xca": Mechanism("cross-covariance", "channels", xca),
+    "additive": Mechanism("additive", "tokens", additive),
+    "multiscale_linear": Mechanism("ReLU linear", "channels", relu_linear),
+    "conv_mod": Mechanism("conv modulation", "channels", conv_modulation),
 }
-"""Name -> its label in tables and plots, and what builds the function for a shape."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="channels per head (default: %(default)s)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument(
+        "--layout",
+        default="separate",
+        choices=("separate", "packed"),
+        help="q, k and v contiguous each, or views of one projection's output (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per mechanism (default: %(default)s)")
     parser.add_argument("--no-backward", action="store_true", help="leave training steps out")
@@ -168,15 +187,19 @@ def run(args: argparse.Namespace) -> None:
             for tokens in sorted(set(args.tokens)):
                 shape = Shape(tokens, args.heads, args.dim, DTYPES[dtype])
                 with console.status(f"{dtype}, {pass_name(backward)}, {tokens:,} tokens"):
-                    block += measure(args.mechanisms, shape, backward, args.repeats)
+                    block += measure(args.mechanisms, shape, backward, args.repeats, args.layout)
             add_exponents(block)
-            print_table(console, block, f"{dtype}, {pass_name(backward)}, {args.heads} heads of {args.dim} channels")
+            print_table(
+                console,
+                block,
+                f"{dtype}, {pass_name(backward)}, {args.heads} heads of {args.dim} channels, {args.layout}",
+            )
             rows += [{"dtype": dtype, **row, **host} for row in block]
     if args.output:
         write_rows(rows, args.output)
         for dtype in args.dtype:
             path = args.output.with_name(f"{args.output.stem}-{dtype}.png")
-            title = f"One image, {args.heads} heads of {args.dim} channels, {dtype}"
+            title = f"One image, {args.heads} heads of {args.dim} channels, {dtype}, q, k, v {args.layout}"
             subtitle = (
                 f"{header}. Memory: peak beside inputs and output. "
                 f"Numbers behind names: exponent of N, {FIT[0]:,} to {FIT[1]:,} tokens."
@@ -189,16 +212,22 @@ def pass_name(backward: bool) -> str:
     return "forward + backward" if backward else "forward"
 
 
-def measure(names: list[str], shape: Shape, backward: bool, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], shape: Shape, backward: bool, repeats: int, layout: str = "separate"
+) -> list[dict[str, Any]]:
     """A row per mechanism at one shape: milliseconds, peak_mb, and how many times faster than fused softmax it is.
 
     A row is left out if the naive form's tables do not fit the free memory.
     """
     qkv = torch.randn(1, shape.tokens, 3, shape.heads, shape.dim, generator=torch.Generator().manual_seed(0))
-    q, k, v = qkv.to(shape.dtype).permute(2, 0, 3, 1, 4).unbind(0)  # (3, B, H, N, D)
+    qkv = qkv.to(shape.dtype)
     tables = (4 if backward else 2) * shape.heads * shape.tokens**2 * shape.dtype.itemsize
     fits = tables < 0.8 * psutil.virtual_memory().available
-    calls = {name: bound(MECHANISMS[name][1](shape), (q, k, v), backward) for name in names if name != "naive" or fits}
+    calls = {
+        name: bound(mechanism.build(shape), mechanism.inputs(qkv, packed=layout == "packed"), backward)
+        for name, mechanism in MECHANISMS.items()
+        if name in names and (name != "naive" or fits)
+    }
     megabytes, seconds = {}, {}
     with torch.set_grad_enabled(backward):
         for name, call in calls.items():
@@ -218,6 +247,7 @@ def measure(names: list[str], shape: Shape, backward: bool, repeats: int) -> lis
             "tokens": shape.tokens,
             "heads": shape.heads,
             "dim": shape.dim,
+            "layout": layout,
             "milliseconds": times[name],
             "peak_mb": megabytes[name],
             "times_sdpa": times[REFERENCE] / times[name] if REFERENCE in times else None,
@@ -226,18 +256,18 @@ def measure(names: list[str], shape: Shape, backward: bool, repeats: int) -> lis
     ]
 
 
-def bound(mechanism: Mechanism, inputs: tuple[Tensor, Tensor, Tensor], backward: bool) -> Callable[[], Tensor]:
-    """The call to be measured: the mechanism on its inputs, and the gradients of the inputs for a given one of the output."""
+def bound(function: Function, inputs: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
+    """The call to be measured: the function on its inputs, and the gradients of the inputs for given ones of the outputs."""
     if not backward:
-        return lambda: mechanism(*inputs)
+        return lambda: function(*inputs)
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.no_grad():
-        gradient = torch.ones_like(mechanism(*leaves))
+        gradients = [torch.ones_like(x) for x in tree_leaves(function(*leaves))]
 
-    def call() -> Tensor:
-        out = mechanism(*leaves)
+    def call() -> Any:
+        out = function(*leaves)
         # `additive` has no values, `conv_mod` no keys
-        torch.autograd.grad(out, leaves, gradient, allow_unused=True)
+        torch.autograd.grad(tree_leaves(out), leaves, gradients, allow_unused=True)
         return out
 
     return call
@@ -265,12 +295,12 @@ def lines(rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
     """Rows of one dtype -> what the plot draws, per pass."""
     passes: dict[str, list[Line]] = {}
     for row in rows:
-        if any(line.name == MECHANISMS[row["mechanism"]][0] for line in passes.setdefault(row["pass"], [])):
+        if any(line.name == MECHANISMS[row["mechanism"]].label for line in passes.setdefault(row["pass"], [])):
             continue
         own = [r for r in rows if r["mechanism"] == row["mechanism"] and r["pass"] == row["pass"]]
         passes[row["pass"]].append(
             Line(
-                name=MECHANISMS[row["mechanism"]][0],
+                name=MECHANISMS[row["mechanism"]].label,
                 tokens=[r["tokens"] for r in own],
                 milliseconds=[r["milliseconds"] for r in own],
                 megabytes=[r["peak_mb"] for r in own],
@@ -298,7 +328,7 @@ def print_table(console: Console, rows: list[dict[str, Any]], title: str) -> Non
             own = {row["tokens"]: row for row in rows if row["mechanism"] == name}
             cells = [cell(own[n]) if n in own else "too large" for n in tokens]
             fitted = next(iter(own.values()))[exponent]
-            table.add_row(MECHANISMS[name][0], *cells, "" if fitted is None else f"{fitted:.2f}")
+            table.add_row(MECHANISMS[name].label, *cells, "" if fitted is None else f"{fitted:.2f}")
         console.print(table)
 
 

@@ -14,13 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 
-def peak_bytes(call: Callable[[], torch.Tensor]) -> int:
-    """The most that is allocated at any moment of a call, without what was there before and without the tensor that it returns."""
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most that is allocated at any moment of a call, without what was there before and without the tensors that it returns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with _no_log_lines():
@@ -29,10 +30,11 @@ def peak_bytes(call: Callable[[], torch.Tensor]) -> int:
             profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     changes = [event["args"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event["name"] == "[memory]"]
-    result = [i for i, change in enumerate(changes) if change["Addr"] == out.untyped_storage().data_ptr()]
+    last_use = {change["Addr"]: i for i, change in enumerate(changes)}
+    results = {last_use.get(x.untyped_storage().data_ptr()) for x in tree_leaves(out)}
     allocated = peak = 0
     for i, change in enumerate(changes):
-        if result and i == result[-1]:
+        if i in results:
             continue
         allocated += change["Bytes"]
         peak = max(peak, allocated)
