@@ -19,8 +19,8 @@ import copy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from timm.models import reparameterize_model
@@ -30,6 +30,7 @@ from .errors import UserError, unknown_choice
 from .export.runtimes import RUNTIMES, Runner, run_in
 
 Builder = Callable[[nn.Module, torch.Tensor], Runner]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class OptimizedModel(nn.Module):
@@ -143,14 +144,14 @@ def optimize_for_inference(
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, burst: int = 3, warmup: int = 2
-) -> dict[str, float]:
+    calls: Mapping[Key, Callable[[], Any]], repeats: int, burst: int = 3, warmup: int = 2
+) -> dict[Key, float]:
     """Median milliseconds of each call. They take turns in short bursts, so that a change of the clock meets all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Key, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(warmup):
             call()
-    while len(times[next(iter(times))]) < repeats:
+    while times and len(next(iter(times.values()))) < repeats:
         for name, call in calls.items():
             for turn in range(burst):
                 start = time.perf_counter()

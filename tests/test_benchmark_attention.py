@@ -99,7 +99,7 @@ def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
         available = 1000
 
     monkeypatch.setattr(bench.psutil, "virtual_memory", Little)
-    rows = bench.measure(["naive", "hydra"], bench.Shape(64, 1, 8, torch.float32), False, 2)
+    rows = bench.measure(["naive", "hydra"], [bench.Shape(64, 1, 8, torch.float32)], False, 2)
     assert [row["mechanism"] for row in rows] == ["hydra"]
     assert rows[0]["times_sdpa"] is None
 

@@ -9,7 +9,7 @@ Layout: the token axis is the last but one of every tensor: (B, H, N, D) and (H,
 """
 
 import contextlib
-from typing import Callable, ContextManager, Iterator, Tuple
+from typing import Callable, ContextManager, Iterator, Optional, Tuple
 
 import torch
 
@@ -141,12 +141,22 @@ def sum_over_chunks(
     return total
 
 
-def map_chunks(out: torch.Tensor, read: Callable[..., torch.Tensor], *tensors: torch.Tensor, axis: int = -2) -> None:
-    """Writes `read(*chunk)` into the part of `out` that the chunk covers."""
+def map_chunks(
+    out: torch.Tensor,
+    read: Callable[..., torch.Tensor],
+    *tensors: torch.Tensor,
+    axis: int = -2,
+    factor: Optional[torch.Tensor] = None,
+) -> None:
+    """Writes `read(*chunk)`, times a factor if there is one, into the part of `out` that the chunk covers."""
     start = 0
     for chunk in chunks(*tensors, axis=axis):
         length = chunk[0].shape[axis]
-        out.narrow(axis, start, length).copy_(read(*chunk))
+        part = out.narrow(axis, start, length)
+        if factor is None:
+            part.copy_(read(*chunk))
+        else:
+            torch.mul(read(*chunk), factor, out=part)
         start += length
 
 

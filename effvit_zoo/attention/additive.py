@@ -14,6 +14,7 @@ class token is one more token, and heads are joined.
 Layout: tokens (B, N, C) throughout; B batch, N tokens, C channels; one head.
 """
 
+from functools import partial
 from typing import Any, Tuple
 
 import torch
@@ -58,7 +59,7 @@ def _attend_image(
 
     map_chunks(out_q, pool, q)
     pooled = pooled * (squares + 1e-24) ** -0.5
-    map_chunks(context, lambda k: l2_normalize(k, -1).mul_(pooled), k)
+    map_chunks(context, partial(l2_normalize, dim=-1), k, factor=pooled)
 
 
 @torch.fx.wrap

@@ -39,19 +39,19 @@ def _summarise(k: torch.Tensor, v: torch.Tensor, eps: float) -> Tuple[torch.Tens
     return (_inverse_l2_norm(k, eps).transpose(-2, -1) @ (k * v),)
 
 
-def _read(q: torch.Tensor, kv: torch.Tensor, eps: float) -> torch.Tensor:
-    """Queries (..., N, C) against a summary -> (..., N, C)."""
-    return q * _inverse_l2_norm(q, eps) * kv
+def _unit_vectors(q: torch.Tensor, eps: float) -> torch.Tensor:
+    """(..., N, C) -> (..., N, C), every token divided by its norm."""
+    return q * _inverse_l2_norm(q, eps)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     (kv,) = _summarise(widen(k), widen(v), eps)
-    return _read(widen(q), kv, eps).to(q.dtype)
+    return (_unit_vectors(widen(q), eps) * kv).to(q.dtype)
 
 
 def _attend_image(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
     (kv,) = sum_over_chunks(partial(_summarise, eps=eps), k, v)
-    map_chunks(out, partial(_read, kv=kv, eps=eps), q)
+    map_chunks(out, partial(_unit_vectors, eps=eps), q, factor=kv)
 
 
 @torch.fx.wrap

@@ -183,11 +183,9 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for dtype in args.dtype:
         for backward in (False,) if args.no_backward else (False, True):
-            block = []
-            for tokens in sorted(set(args.tokens)):
-                shape = Shape(tokens, args.heads, args.dim, DTYPES[dtype])
-                with console.status(f"{dtype}, {pass_name(backward)}, {tokens:,} tokens"):
-                    block += measure(args.mechanisms, shape, backward, args.repeats, args.layout)
+            shapes = [Shape(tokens, args.heads, args.dim, DTYPES[dtype]) for tokens in sorted(set(args.tokens))]
+            with console.status(f"{dtype}, {pass_name(backward)}"):
+                block = measure(args.mechanisms, shapes, backward, args.repeats, args.layout)
             add_exponents(block)
             print_table(
                 console,
@@ -213,33 +211,25 @@ def pass_name(backward: bool) -> str:
 
 
 def measure(
-    names: list[str], shape: Shape, backward: bool, repeats: int, layout: str = "separate"
+    names: list[str], shapes: list[Shape], backward: bool, repeats: int, layout: str = "separate"
 ) -> list[dict[str, Any]]:
-    """A row per mechanism at one shape: milliseconds, peak_mb, and how many times faster than fused softmax it is.
+    """A row per shape and mechanism: milliseconds, peak_mb, and how many times faster than fused softmax it is.
 
-    A row is left out if the naive form's tables do not fit the free memory.
+    Shapes take turns too, or a change of the clock would look like a change of the exponent. A row is left out if the naive form's tables
+    do not fit the free memory.
     """
-    qkv = torch.randn(1, shape.tokens, 3, shape.heads, shape.dim, generator=torch.Generator().manual_seed(0))
-    qkv = qkv.to(shape.dtype)
-    tables = (4 if backward else 2) * shape.heads * shape.tokens**2 * shape.dtype.itemsize
-    fits = tables < 0.8 * psutil.virtual_memory().available
-    calls = {
-        name: bound(mechanism.build(shape), mechanism.inputs(qkv, packed=layout == "packed"), backward)
-        for name, mechanism in MECHANISMS.items()
-        if name in names and (name != "naive" or fits)
-    }
-    megabytes, seconds = {}, {}
+    calls: dict[tuple[str, Shape], Callable[[], Any]] = {}
+    for shape in shapes:
+        qkv = torch.randn(1, shape.tokens, 3, shape.heads, shape.dim, generator=torch.Generator().manual_seed(0))
+        tables = (4 if backward else 2) * shape.heads * shape.tokens**2 * shape.dtype.itemsize
+        fits = tables < 0.8 * psutil.virtual_memory().available
+        for name in names:
+            if name != "naive" or fits:
+                inputs = MECHANISMS[name].inputs(qkv.to(shape.dtype), packed=layout == "packed")
+                calls[name, shape] = bound(MECHANISMS[name].build(shape), inputs, backward)
     with torch.set_grad_enabled(backward):
-        for name, call in calls.items():
-            megabytes[name] = peak_bytes(call) / 2**20
-            start = time.perf_counter()
-            call()
-            seconds[name] = time.perf_counter() - start
-        quick = {name: call for name, call in calls.items() if seconds[name] <= SLOW_SECONDS}
-        slow = {name: call for name, call in calls.items() if seconds[name] > SLOW_SECONDS}
-        times = time_in_turns(quick, repeats) if quick else {}
-        if slow:
-            times |= time_in_turns(slow, min(repeats, SLOW_REPEATS), burst=1, warmup=0)
+        megabytes = {key: peak_bytes(call) / 2**20 for key, call in calls.items()}
+        milliseconds = _milliseconds(calls, repeats)
     return [
         {
             "mechanism": name,
@@ -248,12 +238,29 @@ def measure(
             "heads": shape.heads,
             "dim": shape.dim,
             "layout": layout,
-            "milliseconds": times[name],
-            "peak_mb": megabytes[name],
-            "times_sdpa": times[REFERENCE] / times[name] if REFERENCE in times else None,
+            "milliseconds": milliseconds[name, shape],
+            "peak_mb": megabytes[name, shape],
+            "times_sdpa": milliseconds[REFERENCE, shape] / milliseconds[name, shape]
+            if (REFERENCE, shape) in milliseconds
+            else None,
         }
-        for name in calls
+        for name, shape in calls
     ]
+
+
+def _milliseconds(calls: dict[tuple[str, Shape], Callable[[], Any]], repeats: int) -> dict[tuple[str, Shape], float]:
+    """Median time of each call; the quick ones take their turns between single calls of the slow ones."""
+    quick: dict[tuple[str, Shape], Callable[[], Any]] = {}
+    slow: dict[tuple[str, Shape], Callable[[], Any]] = {}
+    for key, call in calls.items():
+        start = time.perf_counter()
+        call()
+        (quick if time.perf_counter() - start <= SLOW_SECONDS else slow)[key] = call
+    parts = [
+        time_in_turns(quick, math.ceil(repeats / SLOW_REPEATS)) | time_in_turns(slow, 1, burst=1, warmup=0)
+        for _ in range(SLOW_REPEATS)
+    ]
+    return {key: statistics.median(part[key] for part in parts) for key in calls}
 
 
 def bound(function: Function, inputs: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
