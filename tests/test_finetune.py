@@ -189,11 +189,11 @@ def test_repeated_augmentation():
     plan = BatchPlan(20, 6, num_processes=2, seed=1, repeats=3)
     keys = [key for process in range(2) for batch in plan.batches(process, 0, plan.steps_per_epoch) for key in batch]
     assert len(set(keys)) == len(keys) == 20
-    counts = np.bincount([index for _, index, _ in keys], minlength=20)
+    counts = np.bincount([key.image for key in keys], minlength=20)
     assert sorted(counts.tolist()) == [0] * 13 + [2] + [3] * 6  # 20 places, three for each of the first images
     for step in range(plan.steps_per_epoch):
         together = [key for process in range(2) for batch in plan.batches(process, step, step + 1) for key in batch]
-        assert len({index for _, index, _ in together}) <= -(-len(together) // 3) + 1  # copies stand side by side
+        assert len({key.image for key in together}) <= -(-len(together) // 3) + 1  # copies stand side by side
 
 
 def test_the_same_images_per_step_on_any_number_of_processes(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from effvit_zoo.errors import UserError
 from effvit_zoo.images import BadImage
-from effvit_zoo.training.loader import BatchPlan, KeyedImages, collate, make_loader, mix_seed
+from effvit_zoo.training.loader import BatchPlan, Key, KeyedImages, collate, make_loader, mix_seed
 
 
 def steps(plan, start=0, stop=None):
@@ -34,7 +34,7 @@ def steps(plan, start=0, stop=None):
 def test_each_image_once_per_epoch(num_images, shape):
     plan = BatchPlan(num_images, *shape, seed=1)
     epoch = steps(plan)
-    assert sorted(index for keys in epoch for _, index in keys) == list(range(num_images))
+    assert sorted(key.image for keys in epoch for key in keys) == list(range(num_images))
     assert [len(keys) for keys in epoch] == [plan.step_size(step) for step in range(plan.steps_per_epoch)]
     sizes = [len(batch) for process in range(shape[1]) for batch in plan.batches(process, 0, plan.steps_per_epoch)]
     assert max(sizes) <= max(shape[0], 2)
@@ -55,9 +55,9 @@ def test_a_cut_plan_goes_on_where_it_was():
 def test_epochs_and_seeds_differ_in_order():
     plan = BatchPlan(50, 50, seed=5)
     first, second = list(plan.batches(0, 0, 2))
-    assert [index for _, index in first] != [index for _, index in second]
+    assert [key.image for key in first] != [key.image for key in second]
     assert first != next(BatchPlan(50, 50, seed=6).batches(0, 0, 1))
-    assert [index for _, index in next(BatchPlan(50, 50).batches(0, 0, 1))] == list(range(50))
+    assert [key.image for key in next(BatchPlan(50, 50).batches(0, 0, 1))] == list(range(50))
 
 
 def test_too_few_images_to_share():
@@ -102,6 +102,25 @@ def test_augmentation_does_not_depend_on_workers_or_order(num_workers):
     for index in (0, 4, 5, 9):
         torch.testing.assert_close(got[index], dataset[2, index]["image"][None], rtol=0, atol=0)
     assert not torch.equal(dataset[2, 0]["image"], dataset[3, 0]["image"])
+
+
+def test_every_step_draws_its_size():
+    sizes = (160, 192, 224)
+    plans = [BatchPlan(64, 4, num_processes, 2, seed=3, sizes=sizes) for num_processes in (1, 2)]
+    drawn = []
+    for plan in plans:
+        steps = range(2 * plan.steps_per_epoch)
+        keys = [
+            [key for p in range(plan.num_processes) for b in plan.batches(p, step, step + 1) for key in b]
+            for step in steps
+        ]
+        assert all(len({key.size for key in step}) == 1 for step in keys)  # every process and micro-batch the same
+        drawn.append([step[0].size for step in keys])
+    assert drawn[0][:8] == drawn[1][:8]
+    assert set(drawn[0]) == set(sizes)
+    images = KeyedImages(Grey(), noisy, seed=7, replace_bad=True, sized={160: lambda image: torch.zeros(3, 160, 160)})
+    assert images[Key(0, 1, size=160)]["image"].shape[1] == 160
+    torch.testing.assert_close(images[Key(0, 1)]["image"], images[0, 1]["image"], rtol=0, atol=0)
 
 
 def test_unreadable_images_are_replaced_or_left_out():

@@ -74,6 +74,8 @@ def test_two_steps(path, photos, teacher, tmp_path):
     ]
     name = config.model.name  # the isotropic ones are 22M and more: their tiny size has the same parts
     settings.append(f"model.name={name.replace('small', 'tiny').replace('base', 'tiny') if size == 32 else name}")
+    if config.augment.sizes:
+        settings.append(f"augment.sizes=[{size}, {size + 32}]")
     if config.distill.teacher:
         settings.append(f"distill.teacher={teacher}")
     assert train_small(tmp_path / "run", *settings, config=path) == 0

@@ -82,6 +82,8 @@ class AugmentConfig:
     mix_switch_prob: float = 0.5
     repeats: int = 1
     """Repeated augmentation (arXiv:1902.05509): so many versions of each image in a step, and as many fewer images in an epoch."""
+    sizes: tuple[int, ...] = ()
+    """Side lengths in pixels: every step draws one of them for its images (multi-scale training). Empty: `data.img_size`."""
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip", "random_erasing", "mix_prob", "mix_switch_prob"):
@@ -90,6 +92,7 @@ class AugmentConfig:
         _require(0 < self.ratio[0] <= self.ratio[1], f"ratio must be 0 < low <= high, got {self.ratio}")
         _require(min(self.mixup, self.cutmix) >= 0, "mixup and cutmix must be >= 0")
         _require(self.repeats >= 1, f"repeats must be at least 1, got {self.repeats}")
+        _require(min(self.sizes, default=1) >= 1, f"sizes must be at least 1 pixel, got {self.sizes}")
 
 
 @dataclass(frozen=True, kw_only=True)

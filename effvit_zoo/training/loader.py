@@ -11,9 +11,9 @@ import functools
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,23 @@ from ..images import BadImage
 from .config import RunConfig
 from .data import DataSplits, ImageSource, Source, StreamSource
 
-Key = tuple[int, ...]  # (epoch, index), and with repeated augmentation which copy of the image it is
 Batch = dict[str, Any]  # as `collate` makes it
+
+
+class Key(NamedTuple):
+    """What a sample is made from.
+
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        image: Its index in the source.
+        copy: With repeated augmentation, which of the image's versions it is.
+        size: With multi-scale training, the side length in pixels.
+    """
+
+    epoch: int
+    image: int
+    copy: int = 0
+    size: int | None = None
 
 
 def mix_seed(*parts: int) -> int:
@@ -75,6 +90,7 @@ class BatchPlan:
         seed: Seed of the order; None keeps the source's order.
         repeats: Copies of each image side by side in the order; an epoch then has so many times fewer different images. timm's
             `RepeatAugSampler` as a function of the seed: what differs is that an epoch isn't rounded down to 256 images.
+        sizes: Side lengths of which each step draws one, by seed and step; empty for images of one size.
     """
 
     num_images: int
@@ -83,6 +99,7 @@ class BatchPlan:
     grad_accum: int = 1
     seed: int | None = None
     repeats: int = 1
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         pieces = self.num_processes * self.grad_accum
@@ -106,20 +123,18 @@ class BatchPlan:
         return high - low
 
     def batches(self, process: int, start_step: int, stop_step: int) -> Iterator[list[Key]]:
-        """This process' micro-batches of (epoch, index) keys from one optimizer step up to another."""
+        """This process' micro-batches of keys from one optimizer step up to another."""
         for step in range(start_step, stop_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step == start_step or step_in_epoch == 0:
                 order = self._order(epoch)
             low, high = self._bounds(step_in_epoch, self.num_images, self.steps_per_epoch)
+            size = self.sizes[mix_seed(self.seed or 0, step, len(self.sizes)) % len(self.sizes)] if self.sizes else None
             for micro in range(self.grad_accum):
                 micro_low, micro_high = self._bounds(micro, high - low, self.grad_accum)
                 own_low, own_high = self._bounds(process, micro_high - micro_low, self.num_processes)
                 places = range(low + micro_low + own_low, low + micro_low + own_high)
-                if self.repeats == 1:
-                    yield [(epoch, int(order[place])) for place in places]
-                else:
-                    yield [(epoch, int(order[place]), place % self.repeats) for place in places]
+                yield [Key(epoch, int(order[place]), place % self.repeats, size) for place in places]
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -134,20 +149,30 @@ class BatchPlan:
 
 
 class KeyedImages(Dataset):
-    """Transformed images of a source under (epoch, index) keys.
+    """Transformed images of a source under their keys.
 
     Args:
         source: Images and their classes.
         transform: PIL image to tensor (3, H, W).
-        seed: With a seed the transform's random numbers depend on (seed, epoch, index) only; None for transforms that draw none.
+        seed: With a seed the transform's random numbers depend on seed and key only; None for transforms that draw none.
         replace_bad: Give an unreadable image's place to the next readable one; else its place stays empty.
+        sized: With multi-scale training, the transform to each side length.
     """
 
-    def __init__(self, source: ImageSource, transform: Callable, seed: int | None, replace_bad: bool):
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable,
+        seed: int | None,
+        replace_bad: bool,
+        sized: Mapping[int, Callable] | None = None,
+    ):
         self.source, self.transform, self.seed, self.replace_bad = source, transform, seed, replace_bad
+        self.sized = sized or {}
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        epoch, index, *copy = key
+        epoch, index, copy, size = Key(*key)
+        transform = self.transform if size is None else self.sized[size]
         bad: list[tuple[str, str]] = []
         for offset in range(len(self.source) if self.replace_bad else 1):
             try:
@@ -156,8 +181,8 @@ class KeyedImages(Dataset):
                 bad.append((error.name, error.reason))
                 continue
             if self.seed is not None:
-                seed_everything(self.seed, epoch, index, *copy)
-            return {"image": self.transform(image), "target": target, "index": index, "bad": bad}
+                seed_everything(self.seed, epoch, index, *([copy] if copy else []))
+            return {"image": transform(image), "target": target, "index": index, "bad": bad}
         return {"image": None, "target": -1, "index": index, "bad": bad}
 
 
@@ -381,8 +406,8 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
         num_processes: Processes of the run.
     """
     augment, train = config.augment, config.train
-    transform = create_transform(
-        input_size=data_config["input_size"],
+    make_transform = functools.partial(
+        create_transform,
         is_training=True,
         scale=augment.scale,
         ratio=augment.ratio,
@@ -396,10 +421,17 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
         re_prob=augment.random_erasing,
         re_mode=augment.erasing_mode,
     )
+    channels = data_config["input_size"][0]
+    transform = make_transform(input_size=data_config["input_size"])
+    sized = {size: make_transform(input_size=(channels, size, size)) for size in augment.sizes}
     num_workers = worker_count(config.data.num_workers, num_processes)
     if isinstance(splits.train, StreamSource):
         if augment.repeats > 1:
             raise UserError(f"augment.repeats is {augment.repeats}, expected 1 for a stream ({splits.train.title})")
+        if augment.sizes:
+            raise UserError(
+                f"augment.sizes is {list(augment.sizes)}, expected none for a stream ({splits.train.title})"
+            )
         return StreamFeed(
             train=splits.train,
             val=splits.val,
@@ -417,10 +449,16 @@ def make_feed(splits: DataSplits, config: RunConfig, data_config: dict[str, Any]
             f"{splits.val.title} is a stream, the training images aren't: expected both or only the training images to be"
         )
     return PlannedFeed(
-        train=KeyedImages(splits.train, transform, seed=train.seed, replace_bad=True),
+        train=KeyedImages(splits.train, transform, seed=train.seed, replace_bad=True, sized=sized),
         val=KeyedImages(splits.val, validation_transform(data_config), seed=None, replace_bad=False),
         plan=BatchPlan(
-            len(splits.train), train.batch_size, num_processes, train.grad_accum, train.seed, augment.repeats
+            len(splits.train),
+            train.batch_size,
+            num_processes,
+            train.grad_accum,
+            train.seed,
+            augment.repeats,
+            augment.sizes,
         ),
         val_plan=BatchPlan(len(splits.val), train.batch_size, num_processes),
         class_names=splits.class_names,

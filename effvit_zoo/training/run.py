@@ -207,7 +207,8 @@ def prepare(config: RunConfig, num_processes: int) -> tuple[Feed, Classification
     data_config = resolve_data_config(overrides, model=model)
     size = data.img_size or tuple(data_config["input_size"][1:])
     data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
-    _try_size(model, data_config["input_size"], config.model.name)
+    for shape in (data_config["input_size"], *((in_chans, side, side) for side in config.augment.sizes)):
+        _try_size(model, shape, config.model.name)
     for key in ("mean", "std"):
         if len(data_config[key]) != in_chans:  # colour statistics for a network that sees grey
             data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
