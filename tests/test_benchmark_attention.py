@@ -79,13 +79,16 @@ def test_command_writes_rows_and_a_plot(tmp_path, capsys):
     arguments = (
         "benchmark attention --mechanisms naive sdpa hydra --tokens 64 1024 16 1089 --heads 1 --dim 8 --dtype float32"
     )
-    assert cli.main([*arguments.split(), "--repeats", "2", "--output", str(tmp_path / "cost.csv")]) == 0
+    assert (
+        cli.main([*arguments.split(), "--layout", "packed", "--repeats", "2", "--output", str(tmp_path / "cost.csv")])
+        == 0
+    )
     with (tmp_path / "cost.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["pass"], int(row["tokens"])) for row in rows[::3]] == [
         (name, n) for name in ("forward", "forward + backward") for n in (16, 64, 1024, 1089)
     ]
-    assert all(float(row["milliseconds"]) > 0 for row in rows)
+    assert all(float(row["milliseconds"]) > 0 and row["layout"] == "packed" for row in rows)
     tables = {int(row["tokens"]): float(row["peak_mb"]) for row in rows[:12] if row["mechanism"] == "naive"}
     assert tables[1024] == pytest.approx(2 * 4, rel=0.01)  # two tables of a million float32
     assert float(rows[6]["memory_exponent"]) == pytest.approx(2, abs=0.05)

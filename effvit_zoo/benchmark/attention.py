@@ -118,9 +118,8 @@ def conv_modulation(shape: Shape) -> Function:
     kernel = torch.randn(channels, 1, side, side, dtype=shape.dtype) / side
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = F.gelu(q).reshape(-1, channels, *shape.grid)  # (B, C, rows, columns)
-        a = F.conv2d(x, kernel, padding=side // 2, groups=channels)
-        return v * a.view_as(v)
+        x = F.gelu(q).mT.unflatten(2, shape.grid)  # (B, C, rows, columns), channels last in memory
+        return v * F.conv2d(x, kernel, padding=side // 2, groups=channels).flatten(2).mT
 
     return call
 
@@ -136,7 +135,7 @@ MECHANISMS = {
     "xca": Mechanism("cross-covariance", "channels", xca),
     "additive": Mechanism("additive", "tokens", additive),
     "multiscale_linear": Mechanism("ReLU linear", "channels", relu_linear),
-    "conv_mod": Mechanism("conv modulation", "channels", conv_modulation),
+    "conv_mod": Mechanism("conv modulation", "tokens", conv_modulation),
 }
 
 
