@@ -560,11 +560,22 @@ def test_wds_streams_shards(tmp_path):
     assert colours(only_odd) == [(9, 0), (11, 0)]
 
 
-def test_wds_shares_shards_over_workers_and_fills_batches(tmp_path):
-    splits = open_splits(f"wds/{shards(tmp_path / 'shards')}")
+def test_wds_reads_any_range_of_places(tmp_path):
+    train = open_splits(f"wds/{shards(tmp_path / 'shards')}").train
+    whole = colours(train.read(0, 8))
+    assert sorted(whole) == [(n, n % 2) for n in range(8)]
+    assert sorted(colours(train.read(0, 3)) + colours(train.read(3, 8))) == sorted(whole)
+    assert colours(train.read(0, 8, skip=5)) == whole[5:]
+
+
+def test_timm_fills_batches_where_it_shares_shards(tmp_path):
+    root = shards(tmp_path / "shards", info=False)
+    names_given = {"class_map": {"even": 0, "odd": 1}}
+    splits = open_splits(
+        f"wds/pipe:cat {root}", train_split="train-{0..1}.tar|8", val_split="validation-0.tar", **names_given
+    )
     assert splits.train.samples_per_process(num_workers=2, batch_size=3) == 12  # 4 a worker, filled up to 6
-    loader = torch.utils.data.DataLoader(splits.val, batch_size=None, num_workers=1, collate_fn=lambda sample: sample)
-    assert sorted(target for _, target in loader) == [0, 0, 1, 1]
+    assert (splits.train.sequence, splits.val.num_samples) == (None, None)
 
 
 def test_wds_without_info_needs_shards_and_class_names(tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
@@ -38,6 +38,7 @@ from torchvision.datasets import FashionMNIST
 
 from ..errors import UserError, unknown_choice
 from ..images import IMAGE_SUFFIXES, BadImage, open_image, to_rgb
+from .shards import SEQUENCES, ShardSequence
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 TILE, TILES_PER_ROW = 28, 100  # the embedded mosaic: pixels a tile's side, tiles a row
@@ -134,26 +135,37 @@ class TarFiles:
         return self.reader[row]
 
 
-class StreamSource(torch.utils.data.IterableDataset):
-    """A streaming data set: yields (PIL image, class index). timm shares it out over processes and loader workers.
+class StreamSource:
+    """A streaming data set of (PIL image, class index).
 
     Attributes:
         class_names: Name of each class index.
+        sequence: Its samples by place, each once per epoch; None where timm shares out whole shards over processes and loader
+            workers: in tfds, and in remote tars without an _info.json.
         num_samples: Images in the whole split, None when unknown.
     """
 
-    def __init__(self, title: str, dataset: Any, class_names: Iterable[str], img_mode: str = "RGB") -> None:
-        self.title, self.dataset, self.img_mode = title, dataset, img_mode
+    def __init__(
+        self,
+        title: str,
+        dataset: Any,
+        class_names: Iterable[str],
+        img_mode: str = "RGB",
+        sequence: ShardSequence | None = None,
+    ) -> None:
+        self.title, self.dataset, self.img_mode, self.sequence = title, dataset, img_mode, sequence
         self.class_names = tuple(class_names)
-        self.num_samples: int | None = dataset.reader.num_samples or None
+        self.num_samples: int | None = (sequence or dataset.reader).num_samples or None
         self.new_index: np.ndarray | None = None  # class index in the data -> in `class_names`, -1 is left out
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next pass that epoch's shuffle; call it in the main process."""
+        self.epoch = epoch
         self.dataset.set_epoch(epoch)
 
     def samples_per_process(self, num_workers: int, batch_size: int) -> int:
-        """Samples that this process gets in an epoch, 0 when unknown. Call it before the first pass.
+        """Samples that timm gives this process in an epoch where it does the sharing, 0 when unknown. Call it before the first pass.
 
         In training, timm fills up the share of each of `num_workers` loader workers to whole batches of `batch_size`.
         """
@@ -161,16 +173,34 @@ class StreamSource(torch.utils.data.IterableDataset):
         self.dataset.reader.batch_size = batch_size
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[Image.Image | BadImage, int]]:
-        """Images and class indices; in the place of an unreadable image, what is wrong with it."""
-        for position, (item, target) in enumerate(self.dataset):
-            target = int(target if self.new_index is None else self.new_index[target])
+    def read(self, low: int, high: int, skip: int = 0) -> Iterator[tuple[Image.Image | BadImage | None, int]]:
+        """What is at the places [low, high) of this epoch's sequence, without the first `skip`: images and class indices.
+
+        In the place of an unreadable image is what is wrong with it, in that of one whose class is left out None, -1. Without a
+        `sequence` the places are those that timm gives to this worker, whatever `low` and `high` are.
+        """
+        if self.sequence is not None:
+            items = self.sequence.read(self.epoch, low, high, skip)
+        else:
+            items = itertools.islice(self.dataset, skip, None)
+        for place, (item, target) in enumerate(items, low + skip):
+            if isinstance(item, BadImage):
+                yield item, -1
+                continue
+            target = int(target if self.new_index is None or target < 0 else self.new_index[target])
             if target < 0:
+                yield None, -1
                 continue
             try:
                 yield _picture(item, self.img_mode), target
             except Exception as error:  # as in ImageSource.load
-                yield BadImage(f"{self.title}[{position}]", _reason(error)), target
+                yield BadImage(f"{self.title}[{place}]", _reason(error)), target
+
+    def __iter__(self) -> Iterator[tuple[Image.Image | BadImage, int]]:
+        """All images of the epoch and their class indices; in the place of an unreadable image, what is wrong with it."""
+        for item, target in self.read(0, self.num_samples or 0):
+            if item is not None:
+                yield item, target
 
 
 Source = ImageSource | StreamSource
@@ -414,7 +444,12 @@ def _open_stream(request: _Request, split: str | None) -> StreamSource:
     names: Sequence[str] = _by_index(dataset.reader.class_to_idx)
     if not names and request.kind == "wds":
         names = _wds_info(request).get("class_names", ())
-    return StreamSource(f"{request.root} {split}", dataset, names, request.img_mode)
+    make_sequence = SEQUENCES.get(request.kind)
+    sequence = make_sequence(dataset.reader) if make_sequence else None
+    said = dataset.reader.num_samples if request.kind == "wds" else int(count or 0)
+    if sequence is not None and said not in (0, sequence.num_samples):
+        raise UserError(f"{request.root} {split} is said to have {said} images, its shards hold {sequence.num_samples}")
+    return StreamSource(f"{request.root} {split}", dataset, names, request.img_mode, sequence)
 
 
 _KINDS = {

@@ -128,13 +128,24 @@ class BatchPlan:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if step == start_step or step_in_epoch == 0:
                 order = self._order(epoch)
-            low, high = self._bounds(step_in_epoch, self.num_images, self.steps_per_epoch)
             size = self.sizes[mix_seed(self.seed or 0, step, len(self.sizes)) % len(self.sizes)] if self.sizes else None
-            for micro in range(self.grad_accum):
-                micro_low, micro_high = self._bounds(micro, high - low, self.grad_accum)
-                own_low, own_high = self._bounds(process, micro_high - micro_low, self.num_processes)
-                places = range(low + micro_low + own_low, low + micro_low + own_high)
+            for places in self._places(process, step_in_epoch):
                 yield [Key(epoch, int(order[place]), place % self.repeats, size) for place in places]
+
+    def batch_sizes(self, process: int) -> list[int]:
+        """Images in each of a process' micro-batches of an epoch."""
+        return [len(places) for step in range(self.steps_per_epoch) for places in self._places(process, step)]
+
+    def first(self, process: int) -> int:
+        """Images in an epoch's micro-batches of the processes before this one."""
+        return sum(sum(self.batch_sizes(before)) for before in range(process))
+
+    def _places(self, process: int, step_in_epoch: int) -> Iterator[range]:
+        low, high = self._bounds(step_in_epoch, self.num_images, self.steps_per_epoch)
+        for micro in range(self.grad_accum):
+            micro_low, micro_high = self._bounds(micro, high - low, self.grad_accum)
+            own_low, own_high = self._bounds(process, micro_high - micro_low, self.num_processes)
+            yield range(low + micro_low + own_low, low + micro_low + own_high)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -299,30 +310,153 @@ def _picture(source: Source, index: int) -> tuple[str, Image.Image] | None:
         return None
 
 
-class StreamedImages(IterableDataset):
-    """Transformed images of a stream, one pass. A training image's augmentation depends on (seed, epoch, process, worker, position)."""
+class StreamedBatches(IterableDataset):
+    """A process' batches of a stream, one pass. Of W loader workers, w makes the batches w, w + W, ... in that order.
 
-    def __init__(self, source: StreamSource, transform: Callable, key: tuple[int, ...] | None):
-        self.source, self.transform, self.key = source, transform, key
+    That is the order in which a DataLoader takes them, so `sizes` says where in the stream the samples of each worker begin.
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    Args:
+        source: The stream.
+        transform: PIL image to tensor (3, H, W).
+        sizes: Images in each of the process' batches; an int cuts all that timm gives this process into batches of that size.
+        first: Place of the process' first sample in the epoch's sequence.
+        start: Batches that each worker leaves out, having made them before.
+        seed: For training: a sample's augmentation depends on these numbers and on its place, and an unreadable image's place
+            is given to the next readable one. None leaves that place empty.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        transform: Callable,
+        sizes: list[int] | int,
+        first: int = 0,
+        start: int = 0,
+        seed: tuple[int, ...] | None = None,
+    ):
+        self.source, self.transform, self.sizes, self.first = source, transform, sizes, first
+        self.start, self.seed = start, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        if isinstance(self.sizes, int):
+            images = self._images(0, 0, 0)
+            while samples := list(itertools.islice(images, self.sizes)):
+                yield collate(samples)
+            return
         worker = get_worker_info()
-        for position, (image, target) in enumerate(self.source):
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        shares = [self.sizes[start::count] for start in range(count)]
+        low = self.first + sum(map(sum, shares[:number]))
+        own = shares[number]
+        place = low, low + sum(own), sum(own[: self.start])
+        images = self._images(*place) if self.seed is None else self._replaced(*place)
+        for size in own[self.start :]:
+            yield collate(list(itertools.islice(images, size)))
+
+    def _images(self, low: int, high: int, skip: int) -> Iterator[dict[str, Any]]:
+        """Samples as `collate` takes them, from what `StreamSource.read` reads there."""
+        for place, (image, target) in enumerate(self.source.read(low, high, skip), low + skip):
+            sample: dict[str, Any] = {"image": None, "target": target, "index": place, "bad": []}
             if isinstance(image, BadImage):
-                yield {"image": None, "target": target, "index": position, "bad": [(image.name, image.reason)]}
+                sample["bad"] = [(image.name, image.reason)]
+            elif image is not None:
+                if self.seed is not None:
+                    seed_everything(*self.seed, place)
+                sample["image"] = self.transform(image)
+            yield sample
+
+    def _replaced(self, low: int, high: int, skip: int) -> Iterator[dict[str, Any]]:
+        """As `_images`, with each empty place given to the next readable image, if need be from beyond the range."""
+        end = self.source.num_samples or high
+        beyond = itertools.chain(self._images(high, end, 0), self._images(0, high, 0))
+        empty, bad = 0, []
+        for sample in itertools.chain(self._images(low, high, skip), beyond):
+            bad += sample["bad"]
+            if sample["image"] is None:
+                empty += 1
                 continue
-            if self.key is not None:
-                seed_everything(*self.key, worker.id if worker else 0, position)
-            yield {"image": self.transform(image), "target": target, "index": position, "bad": []}
+            yield sample | {"bad": bad}
+            yield from itertools.repeat(sample, empty)
+            empty, bad = 0, []
+        yield {"image": None, "target": -1, "index": -1, "bad": bad}  # not one is readable
+
+
+def _as_made(batch: Any) -> Any:
+    return batch
+
+
+def stream_loader(batches: StreamedBatches, num_workers: int, seed: int = 0) -> DataLoader:
+    """A torch DataLoader over batches that are made in its workers; what those draw depends on the seed only."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_as_made,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def stream_val_batches(
+    source: StreamSource,
+    transform: Callable,
+    batch_size: int,
+    num_workers: int,
+    process: int = 0,
+    num_processes: int = 1,
+) -> DataLoader:
+    """A process' share of a stream to validate on, in its stored order; as many batches as every other process has.
+
+    Where timm does the sharing, it fills up what several processes get to the same number of images.
+    """
+    if source.sequence is None:
+        return stream_loader(StreamedBatches(source, transform, batch_size), num_workers)
+    plan = BatchPlan(source.sequence.num_samples, batch_size, num_processes)
+    batches = StreamedBatches(source, transform, plan.batch_sizes(process), plan.first(process))
+    return stream_loader(batches, num_workers)
+
+
+@dataclass(frozen=True)
+class WholeBatches:
+    """Optimizer steps of equal micro-batches, as `BatchPlan` has steps: for streams that timm shares out.
+
+    Args:
+        num_batches: Batches that timm gives each process in an epoch; what is left after the last whole step is not seen.
+        batch_size: Images in each.
+        num_processes: Processes that share a step.
+        grad_accum: Micro-batches per optimizer step.
+    """
+
+    num_batches: int
+    batch_size: int
+    num_processes: int
+    grad_accum: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_batches // self.grad_accum
+
+    def step_size(self, step: int) -> int:
+        return self.batch_size * self.num_processes * self.grad_accum
+
+    def batch_sizes(self, process: int) -> list[int]:
+        return [self.batch_size] * (self.steps_per_epoch * self.grad_accum)
+
+    def first(self, process: int) -> int:
+        return process * self.num_batches * self.batch_size
 
 
 @dataclass(frozen=True)
 class StreamFeed:
-    """The feed of streaming data sets: timm shares them out over processes and workers, in its own order.
+    """The feed of streaming data sets.
 
-    It shares whole shards: each image comes once per epoch where shards are equal and their number is a multiple of processes x
-    workers; otherwise workers with fewer images begin theirs again. Training drops what doesn't fill a last batch. Resuming in
-    mid-epoch reads and discards what was seen already.
+    Each image comes once per epoch, for any number of shards, processes and loader workers, in steps as `BatchPlan` cuts them.
+    The order depends on the number of workers too: a run that is resumed in mid-epoch sees the rest of that epoch's images
+    only with as many as before. It comes to where it was without decoding what it has seen.
+
+    Not so where a stream has no `sequence`. timm then shares out whole shards: each image comes once where shards are equal,
+    their number is a multiple of processes x workers and a worker's images fill its batches; otherwise workers begin theirs again.
 
     Args:
         train: Training stream.
@@ -353,38 +487,53 @@ class StreamFeed:
             raise UserError(
                 f"{self.train.title} doesn't say how many images it has: its length has to be known for training"
             )
+        if self.train.new_index is not None and (self.train.new_index < 0).any():
+            raise UserError(
+                f"{self.train.title} has classes that the class map leaves out: how many images are left isn't known, "
+                "which it has to be for training"
+            )
         if self.steps_per_epoch < 1:
             raise UserError(
                 f"{self.train.title} has {self.train.num_samples} images, fewer than one optimizer step takes"
             )
+        self.val_batches(0)  # too few to share are told of now, not after an epoch
 
     @functools.cached_property
+    def plan(self) -> BatchPlan | WholeBatches:
+        if self.train.sequence is not None:
+            return BatchPlan(self.train.sequence.num_samples, self.batch_size, self.num_processes, self.grad_accum)
+        samples = self.train.samples_per_process(max(1, self.num_workers), self.batch_size)
+        return WholeBatches(samples // self.batch_size, self.batch_size, self.num_processes, self.grad_accum)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return self.train.samples_per_process(max(1, self.num_workers), self.batch_size) // (
-            self.batch_size * self.grad_accum
-        )
+        return self.plan.steps_per_epoch
 
     def step_size(self, step: int) -> int:
-        return self.batch_size * self.num_processes * self.grad_accum
+        return self.plan.step_size(step)
 
     def train_batches(self, process: int, start_step: int, stop_step: int) -> Iterator[Batch]:
-        epoch, step_in_epoch = divmod(start_step, self.steps_per_epoch)
-        per_epoch = self.steps_per_epoch * self.grad_accum
-        seen = step_in_epoch * self.grad_accum
-        while epoch * self.steps_per_epoch < stop_step:
+        batches = self._train_batches(process, *divmod(start_step, self.steps_per_epoch))
+        return itertools.islice(batches, (stop_step - start_step) * self.grad_accum)
+
+    def _train_batches(self, process: int, epoch: int, step_in_epoch: int) -> Iterator[Batch]:
+        sizes, first = self.plan.batch_sizes(process), self.plan.first(process)
+        # what each worker has given already; of the next round some have given one more
+        start, more = divmod(step_in_epoch * self.grad_accum, max(1, self.num_workers))
+        while True:
             self.train.set_epoch(epoch)
-            stream = StreamedImages(self.train, self.transforms[0], (self.seed, epoch, process))
-            loader = DataLoader(
-                stream, self.batch_size, num_workers=self.num_workers, collate_fn=collate, drop_last=True
-            )
-            yield from itertools.islice(loader, seen, per_epoch)
-            epoch, seen = epoch + 1, 0
+            batches = StreamedBatches(self.train, self.transforms[0], sizes, first, start, (self.seed, epoch))
+            loader = stream_loader(batches, self.num_workers, mix_seed(self.seed, epoch, process))
+            yield from itertools.islice(loader, more, None)
+            epoch, start, more = epoch + 1, 0, 0
 
     def val_batches(self, process: int) -> DataLoader:
+        transform = self.transforms[1]
         if isinstance(self.val, StreamSource):
-            stream = StreamedImages(self.val, self.transforms[1], None)
-            return DataLoader(stream, self.batch_size, num_workers=self.num_workers, collate_fn=collate)
-        images = KeyedImages(self.val, self.transforms[1], seed=None, replace_bad=False)
+            return stream_val_batches(
+                self.val, transform, self.batch_size, self.num_workers, process, self.num_processes
+            )
+        images = KeyedImages(self.val, transform, seed=None, replace_bad=False)
         plan = BatchPlan(len(self.val), self.batch_size, self.num_processes)
         return make_loader(images, plan.batches(process, 0, plan.steps_per_epoch), self.num_workers)
 

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .. import cost, hub
@@ -30,9 +29,8 @@ from .loader import (
     Batch,
     BatchPlan,
     KeyedImages,
-    StreamedImages,
-    collate,
     make_loader,
+    stream_val_batches,
     validation_transform,
     worker_count,
 )
@@ -155,8 +153,7 @@ def validate(
     model = model.to(accelerator.device)
     transform, workers = validation_transform(data_config), worker_count(args.workers, 1)
     if isinstance(source, StreamSource):
-        stream = StreamedImages(source, transform, None)
-        loader, total = DataLoader(stream, args.batch_size, num_workers=workers, collate_fn=collate), None
+        loader, total = stream_val_batches(source, transform, args.batch_size, workers), None
     else:
         plan = BatchPlan(len(source), args.batch_size)
         total = plan.steps_per_epoch
