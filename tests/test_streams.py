@@ -14,8 +14,9 @@ from runs import summary, train_small
 from effvit_zoo.cli import main as effzoo
 from effvit_zoo.errors import UserError
 from effvit_zoo.training.data import open_splits
-from effvit_zoo.training.loader import BatchPlan, StreamFeed
+from effvit_zoo.training.loader import BatchPlan
 from effvit_zoo.training.shards import PREPARED_SHARD, shuffled
+from effvit_zoo.training.streams import StreamFeed
 
 LENGTHS = {"train": (7, 1, 12, 3, 5), "validation": (5, 2, 6)}
 TRAIN, VAL, BATCH = list(range(28)), list(range(28, 41)), 4

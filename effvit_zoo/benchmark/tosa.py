@@ -36,7 +36,7 @@ from ..inference import time_in_turns
 from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..training.config import RunConfig, load_config
-from ..training.loader import Feed
+from ..training.feed import Feed
 from ..training.run import CONFIG_FILE, prepare
 from ..viz.selection import accuracy_over_macs
 from .backbones import write_rows

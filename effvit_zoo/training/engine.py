@@ -28,9 +28,10 @@ from ..errors import UserError
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .evaluation import Evaluation, evaluate
+from .feed import Feed
 from .freezing import FrozenBackbone
 from .guards import BufferKeeper, SigtermWatch, save_batches, watched_loader
-from .loader import Batch, Feed, seed_everything
+from .loader import Batch, seed_everything
 from .memory import keep_freed_memory
 from .optim import make_optimizer, make_scheduler
 from .report import write_figures, write_metrics

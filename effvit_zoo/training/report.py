@@ -21,7 +21,7 @@ from ..viz.predictions import mistakes_grid
 from ..viz.training import confusion_matrix, curves
 from .checkpoint import RunState
 from .evaluation import per_class
-from .loader import Feed
+from .feed import Feed
 
 COLUMNS = (
     "epoch",

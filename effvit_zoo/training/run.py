@@ -24,9 +24,10 @@ from .config import RunConfig, load_config
 from .data import StreamSource, open_splits
 from .distillation import Distillation, load_teacher
 from .engine import FitResult, fit
+from .feed import Feed, PlannedFeed, make_feed
 from .guards import DUPLICATES_UP_TO, duplicates
 from .launch import process_state
-from .loader import Feed, PlannedFeed, make_feed, seed_everything
+from .loader import seed_everything
 from .report import write_atomically, write_report, write_summary
 from .tasks import Classification, Task, balanced_weights
 

@@ -25,16 +25,16 @@ from ..export.files import EXPORTED, ExportedModel, load_exported
 from ..images import MODES
 from .data import Source, StreamSource, open_source, open_splits
 from .evaluation import Evaluation, evaluate
+from .feed import validation_transform
 from .loader import (
     Batch,
     BatchPlan,
     KeyedImages,
     make_loader,
-    stream_val_batches,
-    validation_transform,
     worker_count,
 )
 from .report import environment, write_atomically
+from .streams import stream_val_batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
