@@ -300,7 +300,8 @@ class WindowAttention(nn.Module):
         M, N, C = windows.shape
         qkv = self.qkv(windows).reshape(M, N, 3, self.num_heads, C // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4).reshape(3, M * self.num_heads, N, C // self.num_heads)  # (3, M * heads, N, D)
-        return qkv[0], qkv[1], qkv[2]
+        q, k, v = qkv.unbind(0)  # its gradient is one copy, those of three subscripts are three of zeros and their sums
+        return q, k, v
 
     def join_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Heads (M * heads, N, D) -> windows (M, N, C)."""
