@@ -12,12 +12,11 @@ Layout: functions (B, H, P + N, D) -> (B, H, P + N, Dv), P prefix tokens and N =
 (..., G, L, D): G lines of L places, tables (G, 1, R) of R entries.
 """
 
-from functools import partial
 from typing import Tuple
 
 import torch
 
-from ._linear import attend_in_pieces, empty_heads_like, map_chunks, row_dot, sum_over_chunks, widen
+from ._linear import map_chunks, row_dot, sum_over_chunks, widen
 
 
 def _sum_lines(k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +102,7 @@ def _dense_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.clamp(x, min=0, out=x.new_empty(x.shape))
 
 
-def _attend_lines_image(
+def attend_lines_image(
     out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -112,6 +111,7 @@ def _attend_lines_image(
     columns: torch.Tensor,
     eps: float,
 ) -> None:
+    """`attend_lines` for one image in eager inference, into `out`, with temporaries that stay in the cache; no batch axis."""
     grid = [rows.shape[0], columns.shape[0]]
     P = q.shape[-2] - grid[0] * grid[1]
     q_grid, k_grid, v_grid, out_grid = (x[:, P:].unflatten(-2, grid) for x in (q, k, v, out))  # (H, rows, columns, D)
@@ -137,12 +137,3 @@ def _attend_lines_image(
         return numerator.div_(_line_normaliser(q, table.squeeze(-2) @ across_k_sum, row_sums).add_(eps))
 
     map_chunks(out_grid, finish, q_grid, numerator, columns, axis=-3)
-
-
-def attend_lines_in_pieces(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """`attend_lines` for eager inference, with temporaries that stay in the cache."""
-    attend = partial(attend_lines, rows=rows, columns=columns, eps=eps)
-    attend_image = partial(_attend_lines_image, rows=rows, columns=columns, eps=eps)
-    return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v))

@@ -87,33 +87,31 @@ def exceeds_piece(elements: int, *tensors: torch.Tensor) -> bool:
 
 def attend_in_pieces(
     attend: Callable[..., torch.Tensor],
-    attend_image: Callable[..., None],
+    attend_image: Optional[Callable[..., None]],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     empty: Callable[[], torch.Tensor],
-    whole_images: bool = False,
 ) -> torch.Tensor:
     """Evaluates a mechanism for as many images at a time as fit a piece, or one image at a time in chunks of tokens.
 
     Args:
         attend: (q, k, v) -> result, for some images at once.
         attend_image: (out, q, k, v) -> None, for one image, without the batch axis; is to work through `sum_over_chunks` and `map_chunks`.
+            None: images are never cut.
         q: Queries, (B, ...).
         k: Keys, (B, ...).
         v: Values, (B, ...).
         empty: () -> a tensor for the result, (B, ...).
-        whole_images: Never use `attend_image`.
-
     """
     B = q.shape[0]
     image_elements = max(q.numel(), k.numel()) // max(B, 1)
     images = max(PIECE_ELEMENTS // max(image_elements, 1), 1)
-    in_chunks = image_elements > PIECE_ELEMENTS and not whole_images
+    in_chunks = image_elements > PIECE_ELEMENTS and attend_image is not None
     if images >= B and not in_chunks:
         return attend(q, k, v)
     out = empty()
-    if in_chunks:
+    if in_chunks and attend_image is not None:
         for i in range(B):
             attend_image(out[i], q[i], k[i], v[i])
         return out

@@ -96,8 +96,8 @@ class TokenMixer(nn.Module):
         """Tokens (B, N, C) -> q, k, v, each (B, H, N, D), q and k normalised if `qk_norm`."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)  # (B, N, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        return self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
+        return self.q_norm(q), self.k_norm(k), v
 
     def project_out(self, x: torch.Tensor) -> torch.Tensor:
         """Mixed heads (B, H, N, D) -> tokens (B, N, C)."""

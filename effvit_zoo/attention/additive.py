@@ -134,9 +134,8 @@ class EfficientAdditiveMixer(TokenMixer):
         B, N, C = x.shape
         weight, bias = self.qkv.weight, self.qkv.bias
         qk = F.linear(x, weight[: 2 * C], None if bias is None else bias[: 2 * C])
-        qk = qk.reshape(B, N, 2, self.num_heads, self.head_dim)
-        q = self.q_norm(qk[:, :, 0]).reshape(B, N, C)  # (B, N, H, D) -> (B, N, C)
-        k = self.k_norm(qk[:, :, 1]).reshape(B, N, C)
+        q, k = qk.reshape(B, N, 2, self.num_heads, self.head_dim).unbind(2)  # (B, N, H, D) each
+        q, k = self.q_norm(q).reshape(B, N, C), self.k_norm(k).reshape(B, N, C)
         context, q = efficient_additive_attention(q, k, self.w_g)
         x = F.linear(context, weight[2 * C :], None if bias is None else bias[2 * C :]) + q
         return self.proj_drop(self.proj(self.norm(x)))

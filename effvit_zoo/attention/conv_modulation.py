@@ -75,11 +75,13 @@ class ConvModulationMixer(GridMixer):
         self.conv = nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, device=device, dtype=dtype)
 
     def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
-        B, _, C = x.shape
+        C = x.shape[-1]
         P, (height, width) = self.num_prefix_tokens, self.grid_size
         weight, bias = self.qkv.weight, self.qkv.bias
         a = F.gelu(F.linear(x[:, P:], weight[:C], None if bias is None else bias[:C]))
-        a = self.conv(a.transpose(1, 2).reshape(B, C, height, width)).flatten(2).transpose(1, 2)  # (B, N - P, C)
+        # (B, C, H, W) with channels last in memory, which also torch sees as such: a transposed batch of one it does not
+        a = a.unflatten(1, [height, width]).permute(0, 3, 1, 2)
+        a = self.conv(a).flatten(2).transpose(1, 2)  # (B, N - P, C)
         if P > 0:
             a = torch.cat([a.mean(1, keepdim=True).expand(-1, P, -1), a], dim=1)
         v = F.linear(x, weight[2 * C :], None if bias is None else bias[2 * C :])

@@ -27,13 +27,13 @@ Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); 
 
 import math
 from functools import lru_cache, partial
-from typing import Any, ClassVar, Dict, Tuple
+from typing import Any, Callable, ClassVar, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 
-from ._grid_lines import attend_lines, attend_lines_in_pieces
+from ._grid_lines import attend_lines, attend_lines_image
 from ._linear import (
     attend_in_pieces,
     check_heads,
@@ -71,6 +71,14 @@ def _grid_table(rows: int, columns: int, form: str, dtype: torch.dtype, device: 
     return torch.stack([a.cos() * b.cos(), a.cos() * b.sin(), a.sin() * b.cos(), a.sin() * b.sin()], dim=-1)
 
 
+def _grid_tables(
+    rows: int, columns: int, form: str, dtype: torch.dtype, device: torch.device
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The 2-D tables of queries and keys, one and the same."""
+    table = _grid_table(rows, columns, form, dtype, device)
+    return table, table
+
+
 def _grid_line_tables(
     rows: int, columns: int, prefix: bool, dtype: torch.dtype, device: torch.device
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -83,10 +91,24 @@ def _grid_line_tables(
     return torch.stack(of_rows, dim=-1).unsqueeze(-2), torch.stack([b.cos(), b.sin()], dim=-1).unsqueeze(-2)
 
 
-# in eager inference every block asks for the same few tables; elsewhere they are constants of the recorded graph
-_kept_line_tables = lru_cache(maxsize=16)(_line_tables)
-_kept_grid_table = lru_cache(maxsize=16)(_grid_table)
-_kept_grid_line_tables = lru_cache(maxsize=16)(_grid_line_tables)
+def _line_weights(Nq: int, Nk: int, P: int, dtype: torch.dtype, device: torch.device) -> Tuple[torch.Tensor]:
+    """The weights of all pairs on a line with P prefix tokens in front, (P + Nq, P + Nk)."""
+    q_table, k_table = _line_tables(Nq, Nk, dtype, device)
+    return (F.pad(q_table @ k_table.t(), [P, 0, P, 0], value=1.0),)
+
+
+def _grid_weights(
+    rows: int, columns: int, form: str, P: int, dtype: torch.dtype, device: torch.device
+) -> Tuple[torch.Tensor]:
+    """The weights of all pairs on a grid with P prefix tokens in front, (P + rows * columns, P + rows * columns)."""
+    table = _grid_table(rows, columns, form, dtype, device)
+    return (F.pad(table @ table.t(), [P, 0, P, 0], value=1.0),)
+
+
+@lru_cache(maxsize=32)
+def _kept(build: Callable[..., Tuple[torch.Tensor, ...]], *sizes: Any) -> Tuple[torch.Tensor, ...]:
+    """build(*sizes), kept: in eager inference every block asks for the same. Elsewhere it is a constant of the recorded graph."""
+    return build(*sizes)
 
 
 def _table_dtype(x: torch.Tensor) -> torch.dtype:
@@ -161,6 +183,16 @@ def _read(
     return _divide(f @ kv, row_dot(f, k_sum), eps, clamp)
 
 
+def _attend_pairs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, eps: float, clamp: bool
+) -> torch.Tensor:
+    """All scores written out, weights (Nq, Nk)."""
+    dtype = q.dtype
+    q, k, v = widen(q), widen(k), widen(v)
+    scores = (q.relu() @ k.relu().transpose(-2, -1)).mul_(weights)  # (B, H, Nq, Nk)
+    return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp).to(dtype)
+
+
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -174,10 +206,6 @@ def _attend(
     dtype = q.dtype
     q, k, v = widen(q), widen(k), widen(v)
     P = q.shape[-2] - q_table.shape[0]
-    if quadratic_is_cheaper(q, k, rank=q_table.shape[1]):
-        weights = F.pad(q_table @ k_table.t(), [P, 0, P, 0], value=1.0)  # (Nq, Nk)
-        scores = (q.relu() @ k.relu().transpose(-2, -1)) * weights  # (B, H, Nq, Nk)
-        return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp).to(dtype)
     q_prefix, k_prefix, v_prefix = q[:, :, :P], k[:, :, :P], v[:, :, :P]
     q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
     kv, k_sum = _summarise(k, v, k_table, q_prefix)
@@ -206,19 +234,26 @@ def _attend_image(
     map_chunks(out[:, P:], read, q[:, P:], q_table)
 
 
-def _attend_in_pieces(
+def _evaluate(
+    attend: Callable[..., torch.Tensor],
+    attend_image: Optional[Callable[..., None]],
+    build: Callable[..., Tuple[torch.Tensor, ...]],
+    sizes: Tuple[Any, ...],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_table: torch.Tensor,
-    k_table: torch.Tensor,
-    eps: float,
-    clamp: bool,
+    *options: Any,
 ) -> torch.Tensor:
-    arguments: Dict[str, Any] = {"q_table": q_table, "k_table": k_table, "eps": eps, "clamp": clamp}
-    attend, attend_image = partial(_attend, **arguments), partial(_attend_image, **arguments)
-    whole_images = quadratic_is_cheaper(q, k, rank=q_table.shape[1])
-    return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v), whole_images)
+    """attend(q, k, v, *constants, *options) with the constants build(*sizes, dtype, device); in pieces in eager inference."""
+    sizes = *sizes, _table_dtype(q), q.device
+    with without_autocast(q):
+        if not is_eager_inference(q, k, v):
+            return attend(q, k, v, *build(*sizes), *options)
+        given = *_kept(build, *sizes), *options
+        in_image = None if attend_image is None else lambda out, q, k, v: attend_image(out, q, k, v, *given)
+        return attend_in_pieces(
+            lambda q, k, v: attend(q, k, v, *given), in_image, q, k, v, partial(empty_heads_like, q, v)
+        )
 
 
 @torch.fx.wrap
@@ -250,14 +285,16 @@ def cosformer_attention(
         raise ValueError(
             f"num_prefix_tokens must be 0 or more and leave a token, got {num_prefix_tokens} of {q.shape[-2]} and {k.shape[-2]}"
         )
-    dtype = _table_dtype(q)
+    quadratic = quadratic_is_cheaper(q, k, rank=2)
     if torch.jit.is_scripting():
-        q_table, k_table = _line_tables(Nq, Nk, dtype, q.device)
+        if quadratic:
+            weights = _line_weights(Nq, Nk, num_prefix_tokens, _table_dtype(q), q.device)[0]
+            return _attend_pairs(q, k, v, weights, eps, True)
+        q_table, k_table = _line_tables(Nq, Nk, _table_dtype(q), q.device)
         return _attend(q, k, v, q_table, k_table, eps, True)
-    with without_autocast(q):
-        if is_eager_inference(q, k, v):
-            return _attend_in_pieces(q, k, v, *_kept_line_tables(Nq, Nk, dtype, q.device), eps, True)
-        return _attend(q, k, v, *_line_tables(Nq, Nk, dtype, q.device), eps, True)
+    if quadratic:
+        return _evaluate(_attend_pairs, None, _line_weights, (Nq, Nk, num_prefix_tokens), q, k, v, eps, True)
+    return _evaluate(_attend, _attend_image, _line_tables, (Nq, Nk), q, k, v, eps, True)
 
 
 @torch.fx.wrap
@@ -300,26 +337,24 @@ def cosformer_attention_2d(
         raise ValueError(
             f"expected {num_prefix_tokens} prefix tokens and a grid of {rows} x {columns}, got {q.shape[-2]} queries and {k.shape[-2]} keys"
         )
-    dtype = _table_dtype(q)
-    if form == "sum" and not quadratic_is_cheaper(q, k, rank=4):
-        if torch.jit.is_scripting():
+    quadratic = quadratic_is_cheaper(q, k, rank=4)
+    if torch.jit.is_scripting():
+        dtype = _table_dtype(q)
+        if quadratic:
+            weights = _grid_weights(rows, columns, form, num_prefix_tokens, dtype, q.device)[0]
+            return _attend_pairs(q, k, v, weights, eps, False)
+        if form == "sum":
             of_rows, of_columns = _grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
             return attend_lines(q, k, v, of_rows, of_columns, eps)
-        with without_autocast(q):
-            if is_eager_inference(q, k, v):
-                tables = _kept_grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
-                return attend_lines_in_pieces(q, k, v, *tables, eps)
-            tables = _grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
-            return attend_lines(q, k, v, *tables, eps)
-    if torch.jit.is_scripting():
-        table = _grid_table(rows, columns, form, dtype, q.device)
-        return _attend(q, k, v, table, table, eps, False)
-    with without_autocast(q):
-        if is_eager_inference(q, k, v):
-            table = _kept_grid_table(rows, columns, form, dtype, q.device)
-            return _attend_in_pieces(q, k, v, table, table, eps, False)
-        table = _grid_table(rows, columns, form, dtype, q.device)
-        return _attend(q, k, v, table, table, eps, False)
+        q_table, k_table = _grid_tables(rows, columns, form, dtype, q.device)
+        return _attend(q, k, v, q_table, k_table, eps, False)
+    if quadratic:
+        weighed = rows, columns, form, num_prefix_tokens
+        return _evaluate(_attend_pairs, None, _grid_weights, weighed, q, k, v, eps, False)
+    if form == "sum":
+        lines = rows, columns, num_prefix_tokens > 0
+        return _evaluate(attend_lines, attend_lines_image, _grid_line_tables, lines, q, k, v, eps)
+    return _evaluate(_attend, _attend_image, _grid_tables, (rows, columns, form), q, k, v, eps, False)
 
 
 class CosformerAttention(TokenMixer):

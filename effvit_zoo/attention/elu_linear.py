@@ -90,9 +90,8 @@ def elu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps:
     with without_autocast(q):
         if not is_eager_inference(q, k, v):
             return _attend(q, k, v, eps)
-        attend, attend_image = partial(_attend, eps=eps), partial(_attend_image, eps=eps)
-        whole_images = quadratic_is_cheaper(q, k)
-        return attend_in_pieces(attend, attend_image, q, k, v, partial(empty_heads_like, q, v), whole_images)
+        attend_image = None if quadratic_is_cheaper(q, k) else partial(_attend_image, eps=eps)
+        return attend_in_pieces(partial(_attend, eps=eps), attend_image, q, k, v, partial(empty_heads_like, q, v))
 
 
 class EluLinearAttention(TokenMixer):

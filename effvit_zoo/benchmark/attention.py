@@ -118,7 +118,7 @@ def conv_modulation(shape: Shape) -> Function:
     kernel = torch.randn(channels, 1, side, side, dtype=shape.dtype) / side
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = F.gelu(q).mT.unflatten(2, shape.grid)  # (B, C, rows, columns), channels last in memory
+        x = F.gelu(q).unflatten(1, shape.grid).permute(0, 3, 1, 2)  # (B, C, rows, columns), channels last in memory
         return v * F.conv2d(x, kernel, padding=side // 2, groups=channels).flatten(2).mT
 
     return call
