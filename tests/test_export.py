@@ -68,7 +68,10 @@ def test_small_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_small", num_classes=5).eval(), 224, 224, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("mixer", sorted(TOKEN_MIXERS))
-def test_every_mixer_in_one_body(mixer, tmp_path):
+# the others are whole families above
+@pytest.mark.parametrize(
+    "mixer", sorted(set(TOKEN_MIXERS) - {"softmax", *(name.removesuffix("_vit") for name in FAMILIES)})
+)
+def test_every_other_mixer_in_one_body(mixer, tmp_path):
     model = effvit_zoo.create_model("effzoo_vit_pico", mixers={mixer: [0, 1]}, depth=2, num_classes=5)
     check(model.eval(), 32, 32, tmp_path / "model.onnx")

@@ -432,15 +432,20 @@ def test_fused_model_is_the_same_function(name):
     model = prepared(name).double()
     x = images(name, batch=4).double()
     fused = reparameterize_model(model)
-    assert centred_error(fused(x), model(x)) < 1e-6
-    assert relative_error(fused.forward_features(x), model.forward_features(x)) < 1e-6
+    features, expected = fused.forward_features(x), model.forward_features(x)
+    assert relative_error(features, expected) < 1e-6
+    logits, exact = (
+        fused.forward_head(features),
+        model.forward_head(expected),
+    )  # double precision is slow on a CPU: one pass each
+    assert centred_error(logits, exact) < 1e-6
     again = reparameterize_model(fused)
-    assert relative_error(again(x), fused(x)) < 1e-12
+    assert relative_error(again(x), logits) < 1e-12
     # all BatchNorm that stands beside a convolution is gone
     left = [n for n, m in fused.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(left) <= 1, left
 
-    unfused, x, exact = prepared(name), x.float(), model(x)
+    unfused, x = prepared(name), x.float()
     single = reparameterize_model(unfused)
     rounding = relative_error(unfused(x), exact)
     assert relative_error(single(x), exact) < max(1e-5, 3 * rounding)
