@@ -107,11 +107,12 @@ def attend_in_pieces(
     B = q.shape[0]
     image_elements = max(q.numel(), k.numel()) // max(B, 1)
     images = max(PIECE_ELEMENTS // max(image_elements, 1), 1)
-    in_chunks = image_elements > PIECE_ELEMENTS and attend_image is not None
-    if images >= B and not in_chunks:
+    if image_elements <= PIECE_ELEMENTS:
+        attend_image = None
+    if images >= B and attend_image is None:
         return attend(q, k, v)
     out = empty()
-    if in_chunks and attend_image is not None:
+    if attend_image is not None:
         for i in range(B):
             attend_image(out[i], q[i], k[i], v[i])
         return out
