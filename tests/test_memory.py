@@ -12,8 +12,8 @@ import resource, sys, torch
 from effvit_zoo.training.memory import keep_freed_memory
 print(keep_freed_memory())
 def churn():
-    for _ in range(20):
-        kept = [torch.ones(4 * 2**20) for _ in range(4)]  # 16 MB each, all freed at once
+    for _ in range(5):
+        kept = [torch.ones(mb * 2**18) for mb in (16, 48, 16, 48)]  # MB; all freed at once
 churn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 churn()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,17 +95,19 @@ def main() -> None:
         print(f"uninterrupted: {seconds:.1f} s", flush=True)
         for trial in range(args.trials):
             run = Path(folder) / f"run-{trial}"
-            process = start("--output", run, "--set", *args.set)
-            moment = moments.uniform(0.1, 1.0) * seconds
-            time.sleep(moment)
-            was_running = process.poll() is None
-            if was_running:
-                os.killpg(process.pid, signal.SIGKILL)
+            while True:
+                process = start("--output", run, "--set", *args.set)
+                moment = moments.uniform(0.1, 1.0) * seconds
+                time.sleep(moment)
+                if process.poll() is None:
+                    break
+                finish(process)
+                shutil.rmtree(run)  # it was through already: no trial
+            os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-            reached = where(run) if was_running else "already through"
-            if was_running:
-                again = ["--resume", run] if (run / "config.yaml").is_file() else ["--output", run, "--set", *args.set]
-                finish(start(*again))
+            reached = where(run)
+            again = ["--resume", run] if (run / "config.yaml").is_file() else ["--output", run, "--set", *args.set]
+            finish(start(*again))
             same = all((run / name / "model.safetensors").read_bytes() == content for name, content in wanted.items())
             equal += same
             print(

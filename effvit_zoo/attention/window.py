@@ -219,10 +219,11 @@ def window_attention(
         q = q * scale
     scores = torch.bmm(q, k.transpose(1, 2))  # (M * heads, N, N)
     n, heads, N = bias.shape[0], bias.shape[1], bias.shape[2]
-    scores = scores.reshape(-1, n, heads, N, N).add_(bias).reshape(-1, N, N)
-    scores = F.softmax(
-        scores, dim=-1
-    )  # under one name: on large maps the scores are what a block needs most memory for
+    scores = scores.reshape(-1, n, heads, N, N)
+    # In place without gradients only: adding to a view costs the backward pass three more tensors of this size.
+    scores = scores + bias if torch.is_grad_enabled() else scores.add_(bias)
+    # under one name: on large maps the scores are what a block needs most memory for
+    scores = F.softmax(scores.reshape(-1, N, N), dim=-1)
     if dropout > 0.0:
         scores = F.dropout(scores, dropout)
     return torch.bmm(scores, v)

