@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from runs import make_photos, summary
 
 from effvit_zoo import hub
+from effvit_zoo.training.evaluation import _in_step, evaluate
 
 SCRIPT = Path(__file__).with_name("train_sharded.py")
 
@@ -63,3 +66,64 @@ def test_two_processes_with_shards(tmp_path):
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert len((run / "metrics.csv").read_text().splitlines()) == 4  # the header and three epochs
+
+
+@pytest.mark.slow
+def test_a_process_with_no_readable_image_keeps_in_step(tmp_path):
+    counts = {"blue": 8, "red": 8}
+    photos = make_photos(tmp_path / "photos", {"train": counts, "val": {"blue": 3, "red": 3}})
+    for path in (photos / "val/red").iterdir():  # the second process' share
+        path.write_bytes(path.read_bytes()[:60])
+    settings = [
+        f"data.root={photos}",
+        "data.img_size=32",
+        "data.num_workers=0",
+        "train.batch_size=4",
+        "train.epochs=1",
+        "train.trackers=[]",
+    ]
+    config = tmp_path / "small.yaml"
+    config.write_text("model: {name: effzoo_vit_pico}\n")
+    done = launch(29673, "--config", config, "--output", tmp_path / "run", "--set", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary(tmp_path / "run")["bad_files"] == 3
+
+
+def image(batch):
+    return None if batch["image"] is None else tuple(batch["image"].shape)
+
+
+def test_processes_take_the_same_number_of_steps():
+    """This process has a batch, one without a readable image and no third one; the other has three images and ends then."""
+    states = iter([[1, 3, 8, 8], [1, 3, 8, 8], [1, 3, 8, 8], [0, 0, 0, 0]])
+    two = SimpleNamespace(device="cpu", gather=lambda own: torch.cat([own, torch.tensor([next(states)])]))
+    full = {
+        "image": torch.ones(2, 3, 8, 8),
+        "target": torch.zeros(2, dtype=torch.int64),
+        "index": torch.arange(2),
+        "bad": [],
+    }
+    damaged = {"image": None, "target": None, "index": None, "bad": [("a.png", "truncated")]}
+    seen = list(_in_step([full, damaged], two))
+    assert [image(batch) for batch in seen] == [(2, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
+    assert [len(batch["target"]) for batch in seen] == [2, 0, 0]
+    assert [batch["bad"] for batch in seen] == [[], damaged["bad"], []]
+
+
+def test_images_that_only_keep_step_do_not_count():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    accelerator = Accelerator()
+    batch = {
+        "image": torch.ones(2, 3, 2, 2),
+        "target": torch.tensor([0, 1]),
+        "index": torch.arange(2),
+        "bad": [],
+    }
+    nothing = torch.zeros(0, dtype=torch.int64)
+    filler = {"image": torch.zeros(1, 3, 2, 2), "target": nothing, "index": nothing, "bad": []}
+    alone = evaluate(model, [batch], 2, accelerator, lambda bad: None)
+    filled = evaluate(model, [batch, filler], 2, accelerator, lambda bad: None, in_step=True)
+    assert filled.images == 2
+    assert filled.loss == alone.loss
+    assert (filled.confusion == alone.confusion).all()
+    assert filled.mistakes == alone.mistakes

@@ -387,8 +387,15 @@ class _Run:
             for buffer in model.buffers():  # BatchNorm's statistics are each process' own; the main one's are saved
                 buffer.copy_(broadcast(buffer))
         batches = self.feed.val_batches(self.accelerator.process_index)
-        channels_last = self.config.train.channels_last
-        return evaluate(model, batches, len(self.feed.class_names), self.accelerator, self._note_bad, channels_last)
+        return evaluate(
+            model,
+            batches,
+            len(self.feed.class_names),
+            self.accelerator,
+            self._note_bad,
+            self.config.train.channels_last,
+            in_step=self.sharded,
+        )
 
     def _gather_bad_files(self) -> None:
         """Tells every process, and through the main one the user, of the unreadable files that the others met."""

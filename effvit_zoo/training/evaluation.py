@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ def evaluate(
     accelerator: Accelerator,
     on_bad: Callable[[list[tuple[str, str]]], None],
     channels_last: bool = False,
+    in_step: bool = False,
 ) -> Evaluation:
     """Runs a model in eval mode over this process' batches and sums the counts of all processes.
 
@@ -79,6 +80,10 @@ def evaluate(
         accelerator: Device and processes.
         on_bad: Called with the (name, reason) pairs of unreadable images.
         channels_last: Memory format of the images.
+        in_step: Every process calls the model equally often, as one whose weights are shared out must be.
+
+    Raises:
+        UserError: If no process has a readable image.
     """
     was_training = model.training
     model.eval()
@@ -89,7 +94,7 @@ def evaluate(
     )  # rows as `Mistake`, -1 for none
     start = time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():
-        for batch in batches:
+        for batch in _in_step(batches, accelerator) if in_step else batches:
             on_bad(batch["bad"])
             if batch["image"] is None:
                 continue
@@ -97,7 +102,7 @@ def evaluate(
             if channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
             target = batch["target"].to(accelerator.device, non_blocking=True)
-            logits = model(image).float()
+            logits = model(image)[: len(target)].float()
             ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = ranked == target[:, None]
             sums += torch.stack(
@@ -131,6 +136,24 @@ def evaluate(
             if share >= 0
         ],
     )
+
+
+def _in_step(batches: Iterable[dict[str, Any]], accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """The batches; an image of zeros without a target where this process has no image while another one has."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        running, image = batch is not None, None if batch is None else batch["image"]
+        state = [running, *((0, 0, 0) if image is None else image.shape[1:])]
+        any_running, *shape = accelerator.gather(torch.tensor([state], device=accelerator.device)).amax(0).tolist()
+        if not any_running:
+            return
+        if batch is None:
+            batch = {"bad": [], "image": None}
+        if image is None and shape[0]:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            batch = {**batch, "image": torch.zeros(1, *shape), "target": nothing, "index": nothing}
+        yield batch
 
 
 def _worst_of(worst: Tensor, logits: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> Tensor:
