@@ -434,10 +434,8 @@ def test_fused_model_is_the_same_function(name):
     fused = reparameterize_model(model)
     features, expected = fused.forward_features(x), model.forward_features(x)
     assert relative_error(features, expected) < 1e-6
-    logits, exact = (
-        fused.forward_head(features),
-        model.forward_head(expected),
-    )  # double precision is slow on a CPU: one pass each
+    # double precision is slow on a CPU: one pass each
+    logits, exact = fused.forward_head(features), model.forward_head(expected)
     assert centred_error(logits, exact) < 1e-6
     again = reparameterize_model(fused)
     assert relative_error(again(x), logits) < 1e-12

@@ -136,7 +136,7 @@ def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[st
 def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of forward and backward, timm's and ours, and their ratio, with the allocator set as train.py sets it.
 
-    As it is set otherwise, page faults take up to a third of the time, and which model gets more of them changes from run to run.
+    Otherwise page faults take a quarter of the time or more, and which model gets more of them changes from run to run.
     """
     keep_freed_memory()
     theirs, ours = twins(name, img_size)

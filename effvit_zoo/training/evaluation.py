@@ -143,16 +143,15 @@ def _in_step(batches: Iterable[dict[str, Any]], accelerator: Accelerator) -> Ite
     iterator = iter(batches)
     while True:
         batch = next(iterator, None)
-        running, image = batch is not None, None if batch is None else batch["image"]
-        state = [running, *((0, 0, 0) if image is None else image.shape[1:])]
+        image = batch["image"] if batch else None
+        state = [batch is not None, *((0, 0, 0) if image is None else image.shape[1:])]
         any_running, *shape = accelerator.gather(torch.tensor([state], device=accelerator.device)).amax(0).tolist()
         if not any_running:
             return
-        if batch is None:
-            batch = {"bad": [], "image": None}
+        batch = batch or {"bad": [], "image": None}
         if image is None and shape[0]:
             nothing = torch.zeros(0, dtype=torch.int64)
-            batch = {**batch, "image": torch.zeros(1, *shape), "target": nothing, "index": nothing}
+            batch |= {"image": torch.zeros(1, *shape), "target": nothing, "index": nothing}
         yield batch
 
 

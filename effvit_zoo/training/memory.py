@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory for the next step, instead of giving it back to the system and paging it in again.
 
     A training step allocates and frees the same large tensors every time. By default glibc maps many of them anew, those above 32 MB
-    always, and on a CPU the page faults can take a fifth of the step. What `MALLOC_*` variables ask for goes first; with another C
+    always, and on a CPU the page faults can take a quarter of the step. What `MALLOC_*` variables ask for goes first; with another C
     library nothing happens.
 
     Returns:
