@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from . import models as models
-from .inference import optimize_for_inference as optimize_for_inference
+from .export.optimize import optimize_for_inference as optimize_for_inference
 from .models import swap_attention as swap_attention
 from .models import to_dense as to_dense
 from .models import to_tosa as to_tosa

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from effvit_zoo import attention, cli
 from effvit_zoo.benchmark import attention as bench
-from effvit_zoo.benchmark.memory import peak_bytes
+from effvit_zoo.measure.peak import peak_bytes
 from effvit_zoo.viz.scaling import Line, scaling
 
 FLOATS = 4 * 512 * 512

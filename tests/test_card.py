@@ -15,9 +15,10 @@ from hub_server import environment
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from effvit_zoo import card, hub
+from effvit_zoo import hub
 from effvit_zoo.cli import main
-from effvit_zoo.prediction import predict
+from effvit_zoo.evaluation.prediction import predict
+from effvit_zoo.hub import card
 
 NAME = "ada/birds"
 

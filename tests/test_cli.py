@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import effvit_zoo
-from effvit_zoo import cost, hub
+from effvit_zoo import hub
 from effvit_zoo.cli import COMMANDS, main
+from effvit_zoo.measure import cost
 
 NAME = "test_vit"
 

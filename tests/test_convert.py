@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from effvit_zoo import hub
 from effvit_zoo.cli import main
-from effvit_zoo.convert import convert
 from effvit_zoo.errors import UserError
+from effvit_zoo.hub.convert import convert
 
 NAME = "effzoo_swiftformer_xs"
 PICO = "effzoo_vit_pico"

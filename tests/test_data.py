@@ -21,10 +21,10 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import FashionMNIST
 
+from effvit_zoo.data import splits as data
+from effvit_zoo.data.images import BadImage
+from effvit_zoo.data.splits import open_source, open_splits
 from effvit_zoo.errors import UserError
-from effvit_zoo.images import BadImage
-from effvit_zoo.training import data
-from effvit_zoo.training.data import open_source, open_splits
 
 ASSETS = files("effvit_zoo").joinpath("assets")
 

@@ -16,9 +16,9 @@ from torch import nn
 import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.errors import UserError
+from effvit_zoo.tasks.classification import Classification
+from effvit_zoo.tasks.distillation import Distillation, Teacher, distillation_loss
 from effvit_zoo.training.config import AugmentConfig, DistillConfig
-from effvit_zoo.training.distillation import Distillation, Teacher, distillation_loss
-from effvit_zoo.training.tasks import Classification
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 import effvit_zoo
 from effvit_zoo import hub
+from effvit_zoo.data.loader import BatchPlan
 from effvit_zoo.errors import UserError
+from effvit_zoo.evaluation.loop import per_class
+from effvit_zoo.tasks.classification import Classification, balanced_weights
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
-from effvit_zoo.training.evaluation import per_class
-from effvit_zoo.training.loader import BatchPlan
 from effvit_zoo.training.optim import make_optimizer, make_scheduler
-from effvit_zoo.training.tasks import Classification, balanced_weights
 
 
 @pytest.fixture(scope="module")

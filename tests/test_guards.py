@@ -13,9 +13,9 @@ from PIL import Image
 from runs import make_photos, start, summary, train_small
 from safetensors.torch import load_file
 
+from effvit_zoo.data.splits import open_splits
+from effvit_zoo.tasks.classification import Classification
 from effvit_zoo.training import checkpoint, engine, guards
-from effvit_zoo.training.data import open_splits
-from effvit_zoo.training.tasks import Classification
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit_zoo.images import BadImage, find_images, open_image
+from effvit_zoo.data.images import BadImage, find_images, open_image
 
 RED = (200, 30, 60)
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import effvit_zoo
-from effvit_zoo import inference
 from effvit_zoo.errors import UserError
-from effvit_zoo.inference import optimize_for_inference
+from effvit_zoo.export import optimize as inference
+from effvit_zoo.export.optimize import optimize_for_inference
 
 EAGER = ["eager", "channels_last", "packed", "packed with activations"]
 

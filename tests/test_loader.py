@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from effvit_zoo.data.images import BadImage
+from effvit_zoo.data.loader import BatchPlan, Key, KeyedImages, collate, make_loader, mix_seed
 from effvit_zoo.errors import UserError
-from effvit_zoo.images import BadImage
-from effvit_zoo.training.loader import BatchPlan, Key, KeyedImages, collate, make_loader, mix_seed
 
 
 def steps(plan, start=0, stop=None):

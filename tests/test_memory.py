@@ -9,7 +9,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys, torch
-from effvit_zoo.training.memory import keep_freed_memory
+from effvit_zoo.measure.allocator import keep_freed_memory
 print(keep_freed_memory())
 def churn():
     for _ in range(2):

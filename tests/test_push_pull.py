@@ -19,9 +19,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load, save, save_file
 
 import effvit_zoo
-from effvit_zoo import hub, hub_client
+from effvit_zoo import hub
 from effvit_zoo.cli import main
 from effvit_zoo.errors import UserError
+from effvit_zoo.hub import client as hub_client
 
 NAME = "ada/birds"
 FAMILIES = {

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from runs import make_photos, summary
 
 from effvit_zoo import hub
-from effvit_zoo.training.evaluation import _in_step, evaluate
+from effvit_zoo.evaluation.loop import _in_step, evaluate
 
 SCRIPT = Path(__file__).with_name("train_sharded.py")
 

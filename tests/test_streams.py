@@ -12,11 +12,11 @@ from PIL import Image
 from runs import summary, train_small
 
 from effvit_zoo.cli import main as effzoo
+from effvit_zoo.data.loader import BatchPlan
+from effvit_zoo.data.splits import open_splits
+from effvit_zoo.data.streams.batches import StreamFeed
+from effvit_zoo.data.streams.shards import PREPARED_SHARD, shuffled
 from effvit_zoo.errors import UserError
-from effvit_zoo.training.data import open_splits
-from effvit_zoo.training.loader import BatchPlan
-from effvit_zoo.training.shards import PREPARED_SHARD, shuffled
-from effvit_zoo.training.streams import StreamFeed
 
 LENGTHS = {"train": (7, 1, 12, 3, 5), "validation": (5, 2, 6)}
 TRAIN, VAL, BATCH = list(range(28)), list(range(28, 41)), 4
@@ -165,7 +165,7 @@ def test_each_sample_once_in_every_kind_of_stream(roots, kind, processes, worker
 
 
 def test_a_prepared_data_set_is_cut_into_shards(roots, monkeypatch):
-    monkeypatch.setattr("effvit_zoo.training.shards.PREPARED_SHARD", 5)
+    monkeypatch.setattr("effvit_zoo.data.streams.shards.PREPARED_SHARD", 5)
     assert PREPARED_SHARD > 5
     feed = make_feed(*roots["prepared"], 2, 2, download=True)
     assert feed.train.sequence.lengths == (6, 6, 6, 5, 5)

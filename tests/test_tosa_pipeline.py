@@ -15,10 +15,10 @@ import effvit_zoo
 import train
 from effvit_zoo import cli, hub
 from effvit_zoo.benchmark import tosa as benchmark
+from effvit_zoo.data.splits import open_splits
 from effvit_zoo.errors import run_command
 from effvit_zoo.pipelines import tosa as pipeline
 from effvit_zoo.training import engine
-from effvit_zoo.training.data import open_splits
 from tools import tosa_dense_demo as dense_demo
 
 CONFIG = """

@@ -11,7 +11,7 @@ from runs import make_photos
 import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.cli import main as effzoo
-from effvit_zoo.export.files import EXPORTED, ExportedModel, load_exported
+from effvit_zoo.export.deployed import EXPORTED, ExportedModel, load_exported
 from effvit_zoo.export.runtimes import export_onnx
 
 

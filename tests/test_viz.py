@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from effvit_zoo.viz import style
+from effvit_zoo.viz.curves import confusion_matrix, curves
 from effvit_zoo.viz.predictions import MAX_SIDE, MIN_WIDTH, annotate
-from effvit_zoo.viz.training import confusion_matrix, curves
 
 
 def epoch_rows(count):

@@ -9,8 +9,10 @@ from hub_server import sha256, use
 from safetensors.torch import save
 from test_push_pull import error_line
 
-from effvit_zoo import hub, hub_client, published
+from effvit_zoo import hub
 from effvit_zoo.cli import main
+from effvit_zoo.hub import client as hub_client
+from effvit_zoo.hub import index as published
 
 TAG = "effzoo_swiftformer_xs.dist_in1k"
 REPO = "timm/swiftformer_xs.dist_in1k"

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from effvit_zoo.data.splits import DEBIAN_FOLDER, MINI_IMAGES_PER_CLASS, TILE, TILES_PER_ROW, read_fashion_mnist
 from effvit_zoo.errors import UserError, run_command
-from effvit_zoo.training.data import DEBIAN_FOLDER, MINI_IMAGES_PER_CLASS, TILE, TILES_PER_ROW, read_fashion_mnist
 
 SEED = 0
 ASSET = Path(__file__).parent.parent / "effvit_zoo" / "assets" / "fashion_mnist_mini.png"

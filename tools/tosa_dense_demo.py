@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from effvit_zoo import config as strict
-from effvit_zoo import cost, hub, to_tosa
+from effvit_zoo import hub, to_tosa
+from effvit_zoo.data.splits import open_splits
 from effvit_zoo.errors import OneLineParser, UserError, run_command
-from effvit_zoo.inference import time_in_turns
+from effvit_zoo.export.optimize import time_in_turns
+from effvit_zoo.measure import cost
 from effvit_zoo.models.tosa_vit import ToSAViT
-from effvit_zoo.training.data import open_splits
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tosa" / "dense_demo.yaml"
 CLASSES = 11  # ten garments, and the background as the last

@@ -29,17 +29,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
-from .. import attention, cost
+from .. import attention
 from ..attention.additive import efficient_additive_attention
 from ..attention.cross_covariance import cross_covariance_attention
 from ..attention.multiscale_linear import relu_linear_attention
 from ..errors import UserError, unknown_choice
-from ..inference import time_in_turns
+from ..export.optimize import time_in_turns
+from ..measure import cost
+from ..measure.host import gemm_gflops
+from ..measure.peak import peak_bytes
 from ..viz.scaling import Line, scaling
 from .backbones import write_rows
 from .command import check_output, make_console
-from .host import gemm_gflops
-from .memory import peak_bytes
 
 Tensor = torch.Tensor
 Function = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]

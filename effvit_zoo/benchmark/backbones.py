@@ -24,13 +24,13 @@ from rich.table import Table
 from timm.models import reparameterize_model
 from torch import nn
 
-from .. import cost
+from ..export.optimize import COMPILED_FORMS, EAGER_FORMS, optimize_for_inference, time_in_turns
 from ..export.runtimes import RUNTIMES
-from ..inference import COMPILED_FORMS, EAGER_FORMS, optimize_for_inference, time_in_turns
-from ..training.memory import keep_freed_memory
+from ..measure import cost
+from ..measure.allocator import keep_freed_memory
+from ..measure.host import gemm_gflops
+from ..measure.peak import peak_bytes
 from .command import check_output, make_console
-from .host import gemm_gflops
-from .memory import peak_bytes
 
 MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
 MEMORY_SIDE = 1024

@@ -28,21 +28,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import cost, hub
+from .. import hub
 from ..attention.token_select import number_selected, select_tokens, token_importance
+from ..data.feed import Feed
 from ..errors import UserError
+from ..export.optimize import time_in_turns
 from ..export.runtimes import RUNTIMES, run_in
-from ..inference import time_in_turns
+from ..measure import cost
+from ..measure.host import gemm_gflops
+from ..measure.peak import peak_bytes
 from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..training.config import RunConfig, load_config
-from ..training.feed import Feed
 from ..training.run import CONFIG_FILE, prepare
 from ..viz.selection import accuracy_over_macs
 from .backbones import write_rows
 from .command import check_output, make_console
-from .host import gemm_gflops
-from .memory import peak_bytes
 
 BEFORE, AFTER = "2-selectors", "3-finetune"
 """Run folders of the stages in a pipeline's output folder."""

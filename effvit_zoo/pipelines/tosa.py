@@ -30,17 +30,18 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import config as strict
-from .. import cost, hub
+from .. import hub
 from ..benchmark.tosa import compare_ratios, print_ratios
+from ..data.loader import Batch, seed_everything
 from ..errors import UserError, unknown_choice
+from ..measure import cost
 from ..models import to_dense, to_tosa
 from ..models.tosa_vit import ToSAViT
+from ..report.run_page import write_atomically, write_summary
+from ..tasks.classification import Task
 from ..training.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from ..training.launch import process_state
-from ..training.loader import Batch, seed_everything
-from ..training.report import write_atomically, write_summary
 from ..training.run import CONFIG_FILE, build_model, prepare, train
-from ..training.tasks import Task
 from ..viz.selection import accuracy_over_macs
 
 STAGES = {"dense": "1-dense", "selectors": "2-selectors", "finetune": "3-finetune"}

@@ -24,18 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import hub
+from ..data.feed import Feed
+from ..data.loader import Batch, seed_everything
 from ..errors import UserError
+from ..evaluation.loop import Evaluation, evaluate
+from ..measure.allocator import keep_freed_memory
+from ..report.run_page import write_figures, write_metrics
+from ..tasks.classification import Task
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .evaluation import Evaluation, evaluate
-from .feed import Feed
 from .freezing import FrozenBackbone
 from .guards import BufferKeeper, SigtermWatch, save_batches, watched_loader
-from .loader import Batch, seed_everything
-from .memory import keep_freed_memory
 from .optim import make_optimizer, make_scheduler
-from .report import write_figures, write_metrics
-from .tasks import Task
 
 TRACK_EVERY = 20  # optimizer steps between two points of the step curves
 DRAW_AFTER = 30.0  # seconds an epoch has to take for the figures to be drawn after it, not only at the end

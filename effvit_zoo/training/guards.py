@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..data.loader import Batch
+from ..data.splits import FilePaths, Source, StreamSource
 from ..errors import UserError
-from .data import FilePaths, Source, StreamSource
-from .loader import Batch
 
 _HEAD = 4096  # bytes that are compared before whole files are
 DUPLICATES_UP_TO = 50_000  # files that are looked at without being asked to

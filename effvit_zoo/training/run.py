@@ -16,20 +16,21 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from .. import config as strict
-from .. import cost, hub
+from .. import hub
+from ..data.feed import Feed, PlannedFeed, make_feed
+from ..data.images import MODES
+from ..data.loader import seed_everything
+from ..data.splits import StreamSource, open_splits
 from ..errors import UserError
-from ..images import MODES
+from ..measure import cost
+from ..report.run_page import write_atomically, write_report, write_summary
+from ..tasks.classification import Classification, Task, balanced_weights
+from ..tasks.distillation import Distillation, load_teacher
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config
-from .data import StreamSource, open_splits
-from .distillation import Distillation, load_teacher
 from .engine import FitResult, fit
-from .feed import Feed, PlannedFeed, make_feed
 from .guards import DUPLICATES_UP_TO, duplicates
 from .launch import process_state
-from .loader import seed_everything
-from .report import write_atomically, write_report, write_summary
-from .tasks import Classification, Task, balanced_weights
 
 CONFIG_FILE = "config.yaml"
 RUN_FILES = (CONFIG_FILE, "summary.json", "metrics.csv", "best", "last", "checkpoints")

@@ -19,11 +19,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from timm.models import PretrainedCfg
 
-from . import cost, hub
-from .errors import UserError, unknown_choice
-from .hub_client import FAILURES, explain, is_intact, make_api, quiet, require_answer
+from ..errors import UserError, unknown_choice
+from ..measure import cost
+from . import folder as hub
+from .client import FAILURES, explain, is_intact, make_api, quiet, require_answer
 
-ACCURACIES = Path(__file__).parent / "assets" / "published.csv"
+ACCURACIES = Path(__file__).parent.parent / "assets" / "published.csv"
 SIZE_RANGE = (0.95, 1.1)
 """A file holds the parameters and little else: headers, and in older ones tables that are computed today."""
 

@@ -19,22 +19,17 @@ from rich.table import Table
 from timm.data import resolve_data_config
 from tqdm import tqdm
 
-from .. import cost, hub
+from .. import hub
+from ..data.feed import validation_transform
+from ..data.images import MODES
+from ..data.loader import Batch, BatchPlan, KeyedImages, make_loader, worker_count
+from ..data.splits import Source, StreamSource, open_source, open_splits
+from ..data.streams.batches import stream_val_batches
 from ..errors import UserError
-from ..export.files import EXPORTED, ExportedModel, load_exported
-from ..images import MODES
-from .data import Source, StreamSource, open_source, open_splits
-from .evaluation import Evaluation, evaluate
-from .feed import validation_transform
-from .loader import (
-    Batch,
-    BatchPlan,
-    KeyedImages,
-    make_loader,
-    worker_count,
-)
-from .report import environment, write_atomically
-from .streams import stream_val_batches
+from ..export.deployed import EXPORTED, ExportedModel, load_exported
+from ..measure import cost
+from ..report.run_page import environment, write_atomically
+from .loop import Evaluation, evaluate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..errors import UserError
+from ...errors import UserError
 from ..images import BadImage
-from .data import Source, StreamSource
-from .loader import Batch, BatchPlan, KeyedImages, collate, make_loader, mix_seed, picture_of, seed_everything
+from ..loader import Batch, BatchPlan, KeyedImages, collate, make_loader, mix_seed, picture_of, seed_everything
+from ..splits import Source, StreamSource
 
 
 class StreamedBatches(IterableDataset):

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, model_entrypoint
 from torch import nn
 
-from . import hub
-from .errors import UserError, unknown_choice
-from .models._base import unwrap_state_dict
+from ..errors import UserError, unknown_choice
+from ..models._base import unwrap_state_dict
+from . import folder as hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

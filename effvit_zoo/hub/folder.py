@@ -29,9 +29,9 @@ from timm.models import PretrainedCfg, is_model, split_model_name_tag
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from ..errors import UserError, unknown_choice
 from . import publish
-from .errors import UserError, unknown_choice
-from .hub_client import FAILURES, explain, fetch, first_line, quiet, require_name
+from .client import FAILURES, explain, fetch, first_line, quiet, require_name
 from .publish import CONFIG, WEIGHTS
 from .publish import require_pushable as require_pushable
 

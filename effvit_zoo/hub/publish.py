@@ -26,10 +26,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..config import read_yaml
+from ..errors import UserError
 from . import card
-from .config import read_yaml
-from .errors import UserError
-from .hub_client import (
+from .client import (
     FAILURES,
     MissingFile,
     content_hash,

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ..cost import processor_name
+from ..data.feed import Feed
+from ..evaluation.loop import per_class
+from ..measure.cost import processor_name
+from ..training.checkpoint import RunState
+from ..viz.curves import confusion_matrix, curves
 from ..viz.predictions import mistakes_grid
-from ..viz.training import confusion_matrix, curves
-from .checkpoint import RunState
-from .evaluation import per_class
-from .feed import Feed
 
 COLUMNS = (
     "epoch",

@@ -14,10 +14,10 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from . import hub
-from .errors import UserError
-from .images import BadImage, open_image
-from .models.tosa_vit import ToSAViT
+from .. import hub
+from ..data.images import BadImage, open_image
+from ..errors import UserError
+from ..models.tosa_vit import ToSAViT
 
 READERS = 4  # threads that decode; Pillow leaves the interpreter lock while it does
 

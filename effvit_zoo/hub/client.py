@@ -36,8 +36,8 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-from .errors import UserError
-from .version import __version__
+from ..errors import UserError
+from ..version import __version__
 
 
 class MissingFile(UserError):

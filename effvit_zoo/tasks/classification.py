@@ -15,8 +15,8 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
-from .config import AugmentConfig, TrainConfig
-from .loader import Batch
+from ..data.loader import Batch
+from ..training.config import AugmentConfig, TrainConfig
 
 
 class Task(Protocol):

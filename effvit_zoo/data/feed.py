@@ -12,10 +12,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
-from .config import RunConfig
-from .data import DataSplits, StreamSource
+from ..training.config import RunConfig
 from .loader import Batch, BatchPlan, KeyedImages, make_loader, picture_of, worker_count
-from .streams import StreamFeed
+from .splits import DataSplits, StreamSource
+from .streams.batches import StreamFeed
 
 
 class Feed(Protocol):

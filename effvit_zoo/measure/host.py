@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..inference import onednn_matmul, time_in_turns
+from ..export.optimize import onednn_matmul, time_in_turns
 
 
 def gemm_gflops(rows: int = 3136, inner: int = 384, columns: int = 1536, repeats: int = 20) -> float:

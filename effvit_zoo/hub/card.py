@@ -14,7 +14,7 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .version import __version__
+from ..version import __version__
 
 OWN_WORDS = "<!-- What stands below this line is kept when the model is pushed again. -->"
 SHOWN_CLASSES = 50

@@ -26,8 +26,8 @@ import torch
 from timm.models import reparameterize_model
 from torch import nn
 
-from .errors import UserError, unknown_choice
-from .export.runtimes import RUNTIMES, Runner, run_in
+from ..errors import UserError, unknown_choice
+from .runtimes import RUNTIMES, Runner, run_in
 
 Builder = Callable[[nn.Module, torch.Tensor], Runner]
 Key = TypeVar("Key", bound=Hashable)

@@ -20,11 +20,11 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from .. import hub
+from ..data.loader import Batch
 from ..errors import UserError
-from .config import DistillConfig
-from .loader import Batch
-from .tasks import Classification, top1
-from .validation import class_order
+from ..evaluation.compare import class_order
+from ..training.config import DistillConfig
+from .classification import Classification, top1
 
 
 class Teacher:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from ..errors import UserError
+from ...errors import UserError
 from ..images import BadImage
 
 PREPARED_SHARD = 1000  # samples that stay together where a whole data set lies prepared on the disk

@@ -37,8 +37,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets import FashionMNIST
 
 from ..errors import UserError, unknown_choice
-from ..images import IMAGE_SUFFIXES, BadImage, open_image, to_rgb
-from .shards import SEQUENCES, ShardSequence
+from .images import IMAGE_SUFFIXES, BadImage, open_image, to_rgb
+from .streams.shards import SEQUENCES, ShardSequence
 
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 TILE, TILES_PER_ROW = 28, 100  # the embedded mosaic: pixels a tile's side, tiles a row

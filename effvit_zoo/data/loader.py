@@ -19,8 +19,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..images import BadImage
-from .data import ImageSource, Source, StreamSource
+from .images import BadImage
+from .splits import ImageSource, Source, StreamSource
 
 Batch = dict[str, Any]  # as `collate` makes it
 

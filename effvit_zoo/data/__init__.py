@@ -1,0 +1,1 @@
+"""From files to batches: roots, sources, splits, the order of samples, loaders."""

@@ -1,0 +1,1 @@
+"""Sharded data sets that are read as sequences."""
