@@ -1,16 +1,27 @@
-"""Errors that are the user's to mend, and the one place that prints them: one line, exit code 2, no traceback."""
+"""User-facing errors, and the one place that prints them: one line, exit code 2, no traceback.
+
+With EFFZOO_DEBUG=1 in the environment the traceback is printed too.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that names what was got and what was expected."""
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """A message or an exception's text on one line, cut at `limit` characters; the type's name where there is no text."""
+    text = " ".join(str(error).split())
+    return text[:limit] if text else type(error).__name__
 
 
 def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
@@ -48,7 +59,9 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         command()
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("EFFZOO_DEBUG", "") not in ("", "0"):
+            traceback.print_exc()
+        print(f"error: {one_line(error, limit=2000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""Names and formats of the files in run folders and model folders, and how files are written. The one owner of both.
+
+A run folder holds what one training produced:
+
+    config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  tensorboard/
+    best/  last/                     model folders, of the best and of the last epoch
+    checkpoints/step-00000500/       resumable state
+
+A model folder is timm's local-dir format: config.json and model.safetensors. A published one also holds README.md (the card) and,
+under training/, the records of the run. Every writer here replaces a file by a complete new one or leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.csv", "validation.json"
+CURVES, REPORT = "curves.png", "report.html"
+BEST, LAST, CHECKPOINTS, STATE = "best", "last", "checkpoints", "state.json"
+RUN_FILES = (CONFIG, SUMMARY, METRICS, BEST, LAST, CHECKPOINTS)
+"""What makes a folder a run's: a new run doesn't start where one of these is."""
+
+MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
+EXTRA_KEY = "effvit_zoo"
+"""Key of a model folder's config.json for what timm has no place for: task, measured metrics, epoch, data."""
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a folder already holds a run."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def run_of(model_folder: Path) -> Path | None:
+    """The run folder that a model folder belongs to, or None."""
+    inside = model_folder.name in (BEST, LAST) and (model_folder.parent / CONFIG).is_file()
+    return model_folder.parent if inside else None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` when the block ends without an error."""
+    writing = path.with_name(f".{path.name}.writing")
+    try:
+        yield writing
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as writing:
+        writing.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, indented."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `UserError` where it is not valid JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV. Columns are all keys in order of appearance; lists are joined by spaces."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: " ".join(map(str, v)) if isinstance(v, list | tuple) else v for key, v in row.items()})
+    return text.getvalue()
