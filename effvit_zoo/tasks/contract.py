@@ -13,6 +13,7 @@ Rules that keep "two processes equal one" and exact resume:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,16 +44,15 @@ class Metric:
     higher_is_better: bool = True
     digits: int = 2
 
-    def show(self, value: float) -> str:
+    def show(self, value: float, digits: int | None = None) -> str:
         """E.g. "87.95 %"."""
-        return f"{value:.{self.digits}f}{f' {self.unit}' if self.unit else ''}"
+        return f"{value:.{self.digits if digits is None else digits}f}{f' {self.unit}' if self.unit else ''}"
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value improves on the best so far (None: there is none)."""
-        return than is None or (value > than if self.higher_is_better else value < than)
-
-
-LOSS = Metric("loss", higher_is_better=False, digits=4)
+        """Whether a value improves on the best so far (None: there is none; NaN: it was not a number)."""
+        if than is None or math.isnan(than):
+            return True
+        return value > than if self.higher_is_better else value < than
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,11 @@ class Task(ABC):
     def facts(self) -> dict[str, Any]:
         """What summary and report say about the task, e.g. the number of classes."""
         return {}
+
+    @property
+    def scope(self) -> str:
+        """The same in words for the console, e.g. "10 classes"."""
+        return ""
 
     # objective
 
