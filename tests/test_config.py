@@ -15,7 +15,7 @@ from effvit_zoo import tasks
 from effvit_zoo.commands import config as command
 from effvit_zoo.errors import UserError
 from effvit_zoo.tasks.config import ClassificationConfig
-from effvit_zoo.training.config import CONFIGS, RunConfig, find_config, load_config
+from effvit_zoo.training.config import CONFIGS, ModelConfig, RunConfig, find_config, load_config
 
 
 @strict.section
@@ -101,6 +101,14 @@ def test_free_values_and_keys(written):
     )
     assert config.model.kwargs == {"a": [1, True, "x", 0.01], "on": {"b": 3}, "n": None, "d": "2024-01-01"}
     assert load_config(written(strict.dump(config))) == config
+
+
+def test_values_given_in_code_stay_what_they_are():
+    config = RunConfig(model=ModelConfig(name="a", kwargs={"depths": (1, 2)}), task=ClassificationConfig(loss="bce"))
+    assert config.model.kwargs == {"depths": (1, 2)}
+    assert config.task.loss == "bce"
+    with pytest.raises(ValueError, match="smoothing"):
+        dataclasses.replace(config.task, smoothing=1)
 
 
 def test_merge_keys(written):
