@@ -58,7 +58,7 @@ def test_values_arrive_with_their_types(written):
     "typed", ["3", "1e3", "007", "2024-01-01", "on", "no", "0x1F", "1_000", "1.50", "12:30", "text"]
 )
 def test_text_settings_keep_what_was_typed(written, typed):
-    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\ntask: {{augment: {{auto_augment: {typed}}}}}\n"
+    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\naugment: {{auto_augment: {typed}}}\n"
     for config in (load_config(written(text)), load_config(written("model: {name: a}"), [f"model.name={typed}"])):
         assert config.model.name == typed
         assert type(config.model.name) is str
@@ -68,7 +68,7 @@ def test_text_settings_keep_what_was_typed(written, typed):
 
 def test_null_is_null_for_optional_text(written):
     config = load_config(
-        written("model: {name: a}\ntask: {augment: {auto_augment: rand-m9}}"), ["augment.auto_augment=null"]
+        written("model: {name: a}\naugment: {auto_augment: rand-m9}"), ["augment.auto_augment=null"]
     )
     assert config.augment.auto_augment is None
 
@@ -117,7 +117,7 @@ def test_merge_keys(written):
 
 
 def test_dump_and_parse_are_inverse(written, tmp_path):
-    path = written("model: {name: a, kwargs: {b: [1, 2], c: '1e3'}}\ntask: {augment: {scale: [0.5, 1]}}\n")
+    path = written("model: {name: a, kwargs: {b: [1, 2], c: '1e3'}}\naugment: {scale: [0.5, 1]}\n")
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(strict.dump(config))
     assert load_config(tmp_path / "again.yaml") == config
@@ -132,9 +132,9 @@ def test_what_was_read_can_be_dumped_by_yaml(written):
 def test_changed_keys_are_dotted():
     before = strict.parse(RunConfig, {"model": {"name": "a"}})
     after = strict.parse(
-        RunConfig, {"model": {"name": "a", "kwargs": {"x": 1}}, "train": {"seed": 1}, "task": {"augment": {"hflip": 0}}}
+        RunConfig, {"model": {"name": "a", "kwargs": {"x": 1}}, "train": {"seed": 1}, "augment": {"hflip": 0}}
     )
-    assert strict.changed_keys(before, after) == ["model.kwargs", "model.kwargs.x", "augment.hflip", "train.seed"]
+    assert strict.changed_keys(before, after) == ["augment.hflip", "model.kwargs", "model.kwargs.x", "train.seed"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_changed_keys_are_dotted():
         ("model: {name: a}\ntrain: {epoch: 3}", [], "unknown config key 'train.epoch': did you mean 'train.epochs'?"),
         ("model: {name: a}\ntrian: {epochs: 3}", [], "unknown config key 'trian': did you mean 'train'?"),
         ("modle: {name: a}", [], "unknown config key 'modle': did you mean 'model'?"),
-        ("model: {name: a}\naugment: {hflip: 0}", [], "unknown config key 'augment': did you mean 'task.augment'?"),
+        ("model: {name: a}\ntask: {hflip: 0}", [], "unknown config key 'task.hflip': did you mean 'augment.hflip'?"),
         (
             "model: {name: a}",
             ["train.smoothing=0.1"],
