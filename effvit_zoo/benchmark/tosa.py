@@ -41,7 +41,7 @@ from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..training.config import RunConfig, load_config
 from ..training.run import CONFIG_FILE, prepare
-from ..viz.selection import accuracy_over_macs
+from ..viz.selection import metric_over_macs
 from .backbones import write_rows
 from .command import check_output, make_console
 
@@ -176,10 +176,12 @@ def measure_selectors(folder: Path, ratios: Sequence[float], console: Console) -
     console.print(table)
     compared = compare_ratios(folder, sorted({1.0, 0.0, *ratios}, reverse=True))
     print_ratios(console, compared)
-    accuracy_over_macs(
+    metric_over_macs(
         {"ToSA": compared[1:]},
         compared[0],
         folder / "ratios.png",
+        key="top1",
+        label="top-1, %",
         controls={
             name: [
                 next(c for c in compared[1:] if c["ratio"] == row["ratio"]) | {"top1": row[AFTER]}

@@ -42,7 +42,7 @@ from ..tasks.classification import Task
 from ..training.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from ..training.launch import process_state
 from ..training.run import CONFIG_FILE, build_model, prepare, train
-from ..viz.selection import accuracy_over_macs
+from ..viz.selection import metric_over_macs
 
 STAGES = {"dense": "1-dense", "selectors": "2-selectors", "finetune": "3-finetune"}
 """Name of a stage -> its run folder in the output folder."""
@@ -328,7 +328,7 @@ def _compare(folder: Path, config: ToSAConfig) -> None:
         return
     rows = compare_ratios(folder, config.ratios)
     print_ratios(Console(), rows)
-    accuracy_over_macs({"ToSA": rows[1:]}, rows[0], folder / "ratios.png")
+    metric_over_macs({"ToSA": rows[1:]}, rows[0], folder / "ratios.png", key="top1", label="top-1, %")
     runs = {name: folder / text for name, text in STAGES.items() if _is_done(folder / text)}
     stages = {name: json.loads((run / "summary.json").read_text(encoding="utf-8")) for name, run in runs.items()}
     model: Any = hub.load(str(folder / STAGES["finetune"] / "last"))

@@ -20,8 +20,9 @@ from ..data.feed import Feed
 from ..evaluation.loop import per_class
 from ..measure.cost import processor_name
 from ..training.checkpoint import RunState
-from ..viz.curves import confusion_matrix, curves
-from ..viz.predictions import mistakes_grid
+from ..viz.curves import curves
+from ..viz.matrix import confusion_matrix
+from ..viz.predictions import captioned_grid
 
 COLUMNS = (
     "epoch",
@@ -58,7 +59,7 @@ def write_figures(
     folder: Path, history: Sequence[dict[str, Any]], confusion: np.ndarray, class_names: Sequence[str]
 ) -> None:
     """curves.png over the epochs, and confusion_matrix.png of the best one (counts, rows are true classes)."""
-    curves(list(history), folder / "curves.png")
+    curves(list(history), folder / "curves.png", [("Top-1, %", "train_top1", "top1", True)])
     confusion_matrix(confusion, list(class_names), folder / "confusion_matrix.png")
 
 
@@ -83,9 +84,9 @@ def write_report(folder: Path, summary: dict[str, Any], state: RunState, feed: F
         found = feed.val_picture(int(index))
         if found is not None:
             pictures.append(found[1])
-            captions.append((names[int(true)], names[int(predicted)], share))
+            captions.append((f"is {names[int(true)]}", f"{100 * share:.0f} % {names[int(predicted)]}"))
     if pictures:
-        mistakes_grid(pictures, captions, folder / "mistakes.png")
+        captioned_grid(pictures, captions, folder / "mistakes.png")
     text = _PAGE.format(
         title=html.escape(f"{summary['model']} on {summary['data']}"),
         top1=summary["top1"],
