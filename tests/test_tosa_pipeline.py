@@ -114,7 +114,7 @@ def test_a_cut_in_any_stage_changes_nothing(config, whole, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_two_processes_run_all_stages(config, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", train.__file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29532", train.__file__]
     command += ["--config", str(config), "--output", str(tmp_path / "two")]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -39,8 +39,8 @@ from ..models import to_dense, to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..report.run_page import write_atomically, write_summary
 from ..tasks.classification import Task
+from ..training._processes import process_state
 from ..training.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from ..training.launch import process_state
 from ..training.run import CONFIG_FILE, build_model, prepare, train
 from ..viz.selection import metric_over_macs
 

@@ -26,11 +26,11 @@ from ..measure import cost
 from ..report.run_page import write_atomically, write_report, write_summary
 from ..tasks.classification import Classification, Task, balanced_weights
 from ..tasks.distillation import Distillation, load_teacher
+from ._processes import process_state
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config
 from .engine import FitResult, fit
 from .guards import DUPLICATES_UP_TO, duplicates
-from .launch import process_state
 
 CONFIG_FILE = "config.yaml"
 RUN_FILES = (CONFIG_FILE, "summary.json", "metrics.csv", "best", "last", "checkpoints")
