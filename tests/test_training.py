@@ -57,7 +57,7 @@ def test_a_run_leaves_what_was_promised(photos, config, tmp_path, capsys):
         "train.epochs=4",
         "train.ema_decay=0.9",
         "augment.mixup=0.2",
-        "train.smoothing=0.1",
+        "task.smoothing=0.1",
     ]
     assert run(config, output, *settings, "train.trackers=[tensorboard]") == 0
     summary = json.loads((output / "summary.json").read_text())
@@ -274,7 +274,7 @@ def test_two_processes_equal_one(photos, tmp_path):
         "optim.lr=0.05",
         "augment.scale=[0.5,1.0]",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     runs = {
         "one": start("--output", tmp_path / "one", "--set", *settings, "train.batch_size=10"),
         "two": start("--output", tmp_path / "two", "--set", *settings, "train.batch_size=5", launch=launch),
