@@ -12,6 +12,7 @@ from timm.models import get_arch_pretrained_cfgs, get_model_input_config, model_
 from .. import hub
 from ..measure import cost
 from ..report.rows import print_table, shown
+from ..run_folder import EXTRA_KEY
 from ._arguments import MODEL_HELP
 from ._registry import family
 
@@ -65,7 +66,7 @@ def model_facts(name: str) -> dict[str, Any]:
         "paper_title": cfg.get("paper_name"),
         "code": cfg.get("origin_url"),
         "license": cfg.get("license"),
-        "measured": config.get(hub.EXTRA_KEY),
+        "measured": config.get(EXTRA_KEY),
         "weights": [
             {"tag": known.tag, "from": known.hf_hub_id or known.url or known.file, "license": known.license}
             for known in get_arch_pretrained_cfgs(architecture).values()

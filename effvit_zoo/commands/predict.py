@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from .. import hub
-    from ..data.images import BadImage, open_image
-    from ._until_merge import predict, task_of
+    from ..data import BadImage, open_image
+    from ..evaluation.prediction import predict
+    from ..tasks import task_of
 
     device = check_device(args.device)
 
@@ -51,12 +52,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("there is no image to predict")
     drawing = _Drawing(args.draw, args.images) if args.draw else None
     model = hub.load(args.model, pretrained=True)
+    task = task_of(model)
     rows: list[dict[str, Any]] = []
     topk = max(args.topk, DRAWN_ROWS if drawing else 0)
-    for prediction in predict(model, paths, topk=topk, batch_size=args.batch_size, device=device, on_bad=note):
+    options = {"batch_size": args.batch_size, "device": device, "on_bad": note}
+    for prediction in predict(model, paths, task=task, topk=topk, **options):
         if drawing:
-            image = open_image(prediction.image)
-            drawn = task_of(model).draw_prediction(image, prediction.rows[:DRAWN_ROWS])
+            drawn = task.draw_prediction(open_image(prediction.image), prediction.rows[:DRAWN_ROWS])
             drawn.save(drawing.target(prediction.image))
         rows.extend({"image": str(prediction.image)} | row for row in prediction.rows[: args.topk])
     if not rows:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _found(given: Sequence[str], note: Any) -> Iterator[Path]:
     """Image files that the arguments name; what can't be found is noted."""
-    from ..data.images import BadImage, find_images
+    from ..data import BadImage, find_images
 
     for path in given:
         try:

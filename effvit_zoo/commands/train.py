@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..pipelines import Pipeline
 
 HELP = "train a model, on one process or many"
 DEFAULT_CONFIG = "quickstart"
@@ -16,7 +21,7 @@ RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_CO
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ._until_merge import settings_help
+    from .config import settings_help
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = settings_help()
@@ -49,16 +54,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from ..pipelines import PIPELINES, pipeline_of
+    from ..training.config import find_config
     from ..training.run import dry_run, print_dry_run, train
-    from ._until_merge import PIPELINES, find_config, pipeline_of
 
     name = args.config or (None if args.resume not in (None, "auto") else DEFAULT_CONFIG)
     config = None if name is None else find_config(name)
-    pipeline = None if config is None else pipeline_of(config)
-    if pipeline is not None:
+    if config is not None and (pipeline := pipeline_of(config)) is not None:
         if args.dry_run:
             raise UserError(f"--dry-run: {config} has several stages, expected the config of a single run")
-        PIPELINES[pipeline].train(config, args.set, args.output, args.resume, args.stage)
+        _train_pipeline(PIPELINES[pipeline], config, args)
     elif args.stage:
         raise UserError(f"--stage {args.stage}: {config or args.resume} has no stages, expected a pipeline's config")
     elif args.dry_run:
@@ -67,6 +72,16 @@ def _train(args: argparse.Namespace) -> None:
         print_dry_run(dry_run(config, args.set))
     else:
         train(config, args.set, args.output, args.resume, args.allow_change)
+
+
+def _train_pipeline(pipeline: Pipeline, config: Path, args: argparse.Namespace) -> None:
+    """Trains the stages, and after the last one runs the pipeline's benchmark."""
+    from ..pipelines.contract import on_main_process
+
+    folder = pipeline.train(config, args.set, args.output, args.resume, args.stage)
+    if pipeline.benchmark is not None and args.stage in (None, pipeline.stages[-1].name):
+        benchmark = importlib.import_module(f"..benchmark.{pipeline.benchmark}", __package__)
+        on_main_process(lambda: benchmark.conclude(folder))
 
 
 def require_processes(environment: Mapping[str, str]) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..report.rows import check_output, print_table, shown, write_rows
+from ..run_folder import EXTRA_KEY
 from ._arguments import MODEL_HELP
+
+if TYPE_CHECKING:
+    from ..evaluation.compare import Candidate
+    from ..tasks import Metric
 
 HELP = "measure a model's accuracy and speed on a data set"
 
@@ -46,27 +52,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ._until_merge import validate_models
+    from ..evaluation.compare import Options, validate
 
     _check(args)
     failed: list[str] = []
 
     def skip(name: str, error: UserError) -> None:
+        if len(args.model) == 1:
+            raise error
         failed.append(name)
         print(f"skipped {name}: {error}", file=sys.stderr)
 
-    rows = validate_models(
-        args.model,
-        args.data,
-        like=args.like,
-        pretrained=args.pretrained,
-        split=args.split,
-        img_sizes=args.img_size or (),
-        crop_pct=args.crop_pct,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        on_skip=skip if len(args.model) > 1 else None,
-    )
+    candidates = []
+    for name in args.model:
+        try:
+            candidates.append(_candidate(name, args.like, args.pretrained))
+        except UserError as error:
+            skip(name, error)
+    options = Options(args.split, args.crop_pct, args.batch_size, args.workers)
+    rows = validate(candidates, args.data, options, args.img_size or (None,), on_failure=skip)
     if not rows:
         raise UserError(f"none of the {len(args.model)} models could be measured")
     if len(rows) == 1:
@@ -77,6 +81,22 @@ def run(args: argparse.Namespace) -> None:
         write_rows(_plain(rows) if args.results_file.suffix == ".csv" else rows, args.results_file)
     if failed:
         raise UserError(f"{len(failed)} of {len(args.model)} models could not be measured: {', '.join(failed)}")
+
+
+def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:
+    """A model by name, model folder, run folder or exported file. Raises `UserError`."""
+    import torch
+
+    from .. import hub
+    from ..evaluation.compare import Candidate
+    from ..export import target_of
+    from ..export.deployed import load_exported
+
+    if target_of(name) is not None:
+        return Candidate(name, partial(load_exported, name, like, torch.get_num_threads()))
+    trained = hub.brings_weights(name)
+    record = hub.read_config(name).get(EXTRA_KEY, {}) if trained else {}
+    return Candidate(name, partial(hub.load, name, pretrained=pretrained or trained), record)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -119,14 +139,16 @@ def _print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(head, cells, right=(3, *range(5, len(head))))
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The metrics that rows have, of whatever task."""
-    from ._until_merge import known_metrics
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """The metrics that rows have, of any task."""
+    from ..tasks import TASKS
+    from ..tasks.contract import LOSS
 
-    return {name: metric for name, metric in known_metrics().items() if any(name in row for row in rows)}
+    known = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()} | {"loss": LOSS}
+    return {name: metric for name, metric in known.items() if any(name in row for row in rows)}
 
 
-def _head(metric: Any) -> str:
+def _head(metric: Metric) -> str:
     return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
 
 
