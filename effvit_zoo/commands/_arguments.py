@@ -27,6 +27,6 @@ def check_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[:1]
-        raise UserError(f"device {name!r} can't be used: {one_line(*first or [error])}") from None
+        reason = str(error).partition("\n")[0] or error
+        raise UserError(f"device {name!r} can't be used: {one_line(reason)}") from None
     return name

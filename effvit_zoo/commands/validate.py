@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         default="auto",
-        help="split of the data (default: what the model was validated on, if it was trained on this data; else val or test)",
+        help="split of the data (default: auto, what the model was validated on if it was trained on this data, else val, test or all)",
     )
     parser.add_argument(
         "--img-size", type=int, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
@@ -141,10 +141,10 @@ def _print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
     """The metrics that rows have, of any task."""
-    from ..tasks import TASKS
-    from ..tasks.contract import LOSS
+    from ..tasks import TASKS, Metric
 
-    known = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()} | {"loss": LOSS}
+    known = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()}
+    known["loss"] = Metric("loss", higher_is_better=False, digits=4)
     return {name: metric for name, metric in known.items() if any(name in row for row in rows)}
 
 
