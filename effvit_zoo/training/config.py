@@ -15,6 +15,7 @@ from typing import Any, Literal
 from timm.optim import list_optimizers
 
 from .. import config as strict
+from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
@@ -33,33 +34,6 @@ class ModelConfig:
     """Start from the weights that belong to the name. Folders and hub names always bring theirs."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further constructor arguments, e.g. `drop_path_rate: 0.1`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    root: str = "builtin:fashion-mnist-mini"
-    """A folder of images, `builtin:fashion-mnist-mini`, `builtin:fashion-mnist`, or a timm data set such as `hfds/NAME`."""
-    train_split: str = "train"
-    val_split: str = "auto"
-    """`auto`: the folder's or data set's own validation split, else `val_fraction` of the training images, by seed."""
-    val_fraction: float = 0.1
-    img_size: int | tuple[int, int] | None = None
-    """Pixels, a side or (height, width). None: what the model was made for."""
-    crop_pct: float | None = None
-    """Share of the resized image that validation looks at. None: what the model's weights were validated with."""
-    num_workers: int | None = None
-    """Loader processes. None: one per core that this process may use, at most 8."""
-    on_bad_file: Literal["skip", "raise"] = "skip"
-    """`skip`: a file that can't be read is named once, replaced by its neighbour while training and left out of validation."""
-    check_duplicates: bool | None = None
-    """Look for validation files that are training files too. None: in folders of up to 50,000 files, because each is read."""
-
-    def __post_init__(self) -> None:
-        sides = self.img_size if isinstance(self.img_size, tuple) else (1 if self.img_size is None else self.img_size,)
-        _require(min(sides) > 0, f"img_size must be positive, got {self.img_size}")
-        _require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        _require(self.crop_pct is None or 0 < self.crop_pct <= 1, f"crop_pct must lie in (0, 1], got {self.crop_pct}")
-        _require(self.num_workers is None or self.num_workers >= 0, f"num_workers must be >= 0, got {self.num_workers}")
 
 
 @dataclass(frozen=True, kw_only=True)

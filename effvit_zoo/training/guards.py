@@ -1,4 +1,4 @@
-"""What keeps a run from ending badly: SIGTERM, loaders that die, losses that are not finite, and data that leaks between splits."""
+"""What keeps a run from ending badly: SIGTERM, loaders that die, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.loader import Batch
-from ..data.splits import FilePaths, Source, StreamSource
 from ..errors import UserError
-
-_HEAD = 4096  # bytes that are compared before whole files are
-DUPLICATES_UP_TO = 50_000  # files that are looked at without being asked to
 
 
 class SigtermWatch:
@@ -97,42 +91,3 @@ def save_batches(folder: Path, step: int, process: int, batches: Sequence[Batch]
             tensors[f"{key}.{micro}"] = batch[key].detach().contiguous().cpu()
     save_file(tensors, path, metadata={"step": json.dumps(step)})
     return path
-
-
-def duplicates(train: Source, val: Source) -> list[tuple[str, str]]:
-    """(validation file, training file) pairs of the same content, the first partner of each; sources that are no folders have none.
-
-    Files are compared by size, then by their first 4 KiB, then as a whole, so that most are never read.
-    """
-    if isinstance(train, StreamSource) or isinstance(val, StreamSource):
-        return []
-    if not (isinstance(train.data, FilePaths) and isinstance(val.data, FilePaths)):
-        return []
-    names = [[source.name(index) for index in range(len(source))] for source in (train, val)]
-    groups = [(names[0], names[1])]
-    for key in (os.path.getsize, _head, _whole):
-        groups = [part for group in groups for part in _matching(*group, key)]
-    return sorted((path, sorted(training)[0]) for training, validation in groups for path in validation)
-
-
-def _matching(train: list[str], val: list[str], key: Any) -> Iterator[tuple[list[str], list[str]]]:
-    """Splits files into groups of equal keys that have members on both sides."""
-    sides: list[defaultdict[Any, list[str]]] = [defaultdict(list), defaultdict(list)]
-    for side, paths in zip(sides, (train, val), strict=True):
-        for path in paths:
-            try:
-                side[key(path)].append(path)
-            except OSError:
-                continue  # unreadable files are reported where they are decoded
-    for found in sides[0].keys() & sides[1].keys():
-        yield sides[0][found], sides[1][found]
-
-
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(_HEAD)
-
-
-def _whole(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return blake2b(file.read(), digest_size=16).digest()

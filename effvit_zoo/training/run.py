@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import config as strict
 from .. import hub
+from ..data.duplicates import DUPLICATES_UP_TO, duplicates
 from ..data.feed import Feed, PlannedFeed, make_feed
 from ..data.images import MODES
 from ..data.loader import seed_everything
@@ -29,7 +30,6 @@ from ..tasks.distillation import Distillation, load_teacher
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config
 from .engine import FitResult, fit
-from .guards import DUPLICATES_UP_TO, duplicates
 from .launch import process_state
 
 CONFIG_FILE = "config.yaml"
