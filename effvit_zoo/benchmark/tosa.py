@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,18 +31,18 @@ from .. import hub
 from ..attention.token_select import number_selected, select_tokens, token_importance
 from ..data.feed import Feed
 from ..errors import UserError
-from ..export.optimize import time_in_turns
-from ..export.runtimes import RUNTIMES, run_in
+from ..export import TARGETS
+from ..export.deployed import run_in
 from ..measure import cost
-from ..measure.host import gemm_gflops
+from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
+from ..measure.timing import time_in_turns
 from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
+from ..report.rows import check_output, make_console, write_rows
 from ..training.config import RunConfig, load_config
 from ..training.run import CONFIG_FILE, prepare
 from ..viz.selection import accuracy_over_macs
-from .backbones import write_rows
-from .command import check_output, make_console
 
 BEFORE, AFTER = "2-selectors", "3-finetune"
 """Run folders of the stages in a pipeline's output folder."""
@@ -86,10 +85,10 @@ def run(args: argparse.Namespace) -> None:
 
 def measure_speed(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Rows of form, runtime and image size with times in ms, ratio to the dense model, MACs and peak memory."""
-    installed = [name for name in RUNTIMES if importlib.util.find_spec(name)]
+    installed = [name for name, target in TARGETS.items() if target.export and target.installed]
     runtimes = installed if args.runtimes is None else args.runtimes
     console.print(
-        f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
+        f"{processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
         f"torch {torch.__version__}, batch {args.batch_size}"
     )
     rows = []
@@ -229,7 +228,7 @@ def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> 
 
 def print_ratios(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of `compare_ratios`' rows."""
-    table = Table(title=f"dense ViT and ToSA, one image at a time on {cost.processor_name()}")
+    table = Table(title=f"dense ViT and ToSA, one image at a time on {processor_name()}")
     for column in ("attention ratio", "top-1", "MMACs", "", "ms", ""):
         table.add_column(column, justify="right")
     dense = rows[0]

@@ -26,7 +26,8 @@ from ..data.loader import Batch, BatchPlan, KeyedImages, make_loader, worker_cou
 from ..data.splits import Source, StreamSource, open_source, open_splits
 from ..data.streams.batches import stream_val_batches
 from ..errors import UserError
-from ..export.deployed import EXPORTED, ExportedModel, load_exported
+from ..export import target_of
+from ..export.deployed import Deployed, load_exported
 from ..measure import cost
 from ..report.run_page import environment, write_atomically
 from .loop import Evaluation, evaluate
@@ -98,7 +99,7 @@ def _validate_named(name: str, args: argparse.Namespace, size: int | None) -> di
     """One model, built anew for each size: position tables that were resized once are not what they were."""
     model: Any
     trained: dict[str, Any] = {}
-    if Path(name).suffix in EXPORTED:
+    if target_of(name):
         model = load_exported(name, args.like, torch.get_num_threads())
     else:
         brought = hub.brings_weights(name)
@@ -132,7 +133,7 @@ def validate(
     """One model on one source at one input size, as a row of results."""
     order = class_order(source.class_names, labels, model.num_classes)
     data_config = resolve_data_config({"crop_pct": args.crop_pct} if args.crop_pct else {}, model=model)
-    exported = isinstance(model, ExportedModel)
+    exported = isinstance(model, Deployed)
     if size is not None:
         if exported and model.shape[2:] not in ([None, None], [size, size]):
             raise UserError(

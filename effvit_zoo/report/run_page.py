@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import numpy as np
 
 from ..data.feed import Feed
 from ..evaluation.loop import per_class
-from ..measure.cost import processor_name
+from ..measure.host import environment as environment
 from ..training.checkpoint import RunState
 from ..viz.curves import confusion_matrix, curves
 from ..viz.predictions import mistakes_grid
@@ -209,22 +206,3 @@ td + td {{ font-variant-numeric: tabular-nums; }}
 </body>
 </html>
 """
-
-
-def environment() -> dict[str, Any]:
-    """The git commit of the code that runs (None outside a checkout), versions, platform and processor."""
-    root = Path(__file__).resolve().parents[2]
-    commit = None
-    if (root / ".git").exists():
-        answer = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-        commit = answer.stdout.strip() or None
-    packages = ("effvit_zoo", "torch", "torchvision", "timm", "accelerate", "numpy")
-    return {
-        "git_commit": commit,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "platform": platform.platform(terse=True),
-        "processor": processor_name(),
-    }
