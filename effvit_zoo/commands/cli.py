@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OneLineParser, UserError, run_command, unknown_choice
+from ..run_folder import EXTRA_KEY
 from ..version import __version__
 
 MODEL_HELP = "effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
@@ -209,7 +210,7 @@ def model_facts(name: str) -> dict[str, Any]:
         "paper_title": cfg.get("paper_name"),
         "code": cfg.get("origin_url"),
         "license": cfg.get("license"),
-        "measured": config.get(hub.EXTRA_KEY),
+        "measured": config.get(EXTRA_KEY),
         "weights": [
             {"tag": known.tag, "from": known.hf_hub_id or known.url or known.file, "license": known.license}
             for known in get_arch_pretrained_cfgs(architecture).values()
@@ -366,96 +367,6 @@ class _Drawing:
         return candidate
 
 
-def _push_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or a run folder, of which best/ is meant")
-    parser.add_argument("name", metavar="USER/NAME", help="where to; created if it isn't there")
-    visibility = parser.add_mutually_exclusive_group()
-    visibility.add_argument(
-        "--private", action="store_true", default=None, help="only for those who are granted access"
-    )
-    visibility.add_argument("--public", action="store_false", dest="private", help="for everyone")
-    parser.add_argument("--revision", metavar="BRANCH", help="push to a branch, created if it isn't there")
-    parser.add_argument("--license", metavar="ID", help="of the weights, e.g. apache-2.0 (default: what is recorded)")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit")
-
-
-def _push(args: argparse.Namespace) -> None:
-    from .. import hub
-
-    address = hub.push(
-        args.folder,
-        args.name,
-        private=args.private,
-        revision=args.revision,
-        license=args.license,
-        message=args.message,
-    )
-    place = f"{args.name}@{args.revision}" if args.revision else args.name
-    print(f"{address}: to be used as {hub.HUB}{place}, after import effvit_zoo")
-
-
-def _pull_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="USER/NAME", help="the model on the Hub")
-    parser.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (default: the main branch)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="a new folder for it (default: NAME)")
-
-
-def _pull(args: argparse.Namespace) -> None:
-    from .. import hub
-
-    folder = hub.pull(args.name, args.output, revision=args.revision)
-    print(f"{folder}: to be used as {hub.LOCAL}{folder}")
-
-
-def _weights_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=("list", "check"), metavar="list|check", help="what there is, or whether it is there"
-    )
-    parser.add_argument(
-        "pattern", nargs="?", metavar="PATTERN", help="part of a MODEL.TAG name, or a pattern with * and ?"
-    )
-    _add_format_arguments(parser)
-
-
-def _weights_command(args: argparse.Namespace) -> None:
-    from ..hub import index as published
-
-    rows = list(published.check(args.pattern)) if args.what == "check" else published.published(args.pattern)
-    if args.json or args.csv:
-        _print_rows(rows, args)
-    elif args.what == "list":
-        table = [
-            [
-                row["weights"],
-                f"{row['top1']:.2f}" if row["top1"] else "-",
-                row["top1_source"] or "-",
-                row["license"] or "-",
-                f"{row['bytes'] / 1e6:.1f}",
-                row["from"],
-            ]
-            for row in rows
-        ]
-        header = ["weights", "top-1, %", "measured by", "licence", "MB", "from"]
-        _print_table(header, table, right=(1, 4), output=args.output)
-    else:
-        table = [
-            [
-                row["weights"],
-                row["from"],
-                f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else "-",
-                (row["sha256"] or "-")[:12],
-                row["license"] or "-",
-                row["cached"] or "-",
-                "; ".join(row["problems"]) or "ok",
-            ]
-            for row in rows
-        ]
-        header = ["weights", "from", "MB", "SHA-256", "licence", "cached", "result"]
-        _print_table(header, table, right=(2,), output=args.output)
-    if args.what == "check":
-        published.require_sound(rows)
-
-
 def _device(name: str) -> str:
     import torch
 
@@ -553,8 +464,8 @@ COMMANDS = {
     "predict": Command("classify pictures with any model", _predict_arguments, _predict),
     "validate": _from_module("measure a model's accuracy and speed on a data set", "evaluation.compare"),
     "benchmark": _from_module("measure speed and memory against timm's own models", "benchmark.command"),
-    "push": Command("publish a model folder on the Hub, with its card", _push_arguments, _push),
-    "pull": Command("copy a model from the Hub into a folder, checked", _pull_arguments, _pull),
-    "weights": Command("list the published weights, or check them on the Hub", _weights_arguments, _weights_command),
-    "convert": _from_module("turn a checkpoint file of an official repository into a model folder", "hub.convert"),
+    "push": _from_module("publish a model folder on the Hub, with its card", "commands.push"),
+    "pull": _from_module("download a model from the Hub into a folder and verify it", "commands.pull"),
+    "weights": _from_module("list the published weights, or check them on the Hub", "commands.weights"),
+    "convert": _from_module("turn a checkpoint file of an official repository into a model folder", "commands.convert"),
 }

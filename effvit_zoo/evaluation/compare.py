@@ -27,8 +27,10 @@ from ..data.splits import Source, StreamSource, open_source, open_splits
 from ..data.streams.batches import stream_val_batches
 from ..errors import UserError
 from ..export.deployed import EXPORTED, ExportedModel, load_exported
+from ..hub import class_order as class_order
 from ..measure import cost
 from ..report.run_page import environment, write_atomically
+from ..run_folder import EXTRA_KEY
 from .loop import Evaluation, evaluate
 
 
@@ -103,7 +105,7 @@ def _validate_named(name: str, args: argparse.Namespace, size: int | None) -> di
     else:
         brought = hub.brings_weights(name)
         model = hub.load(name, pretrained=args.pretrained or brought)
-        trained = hub.read_config(name).get(hub.EXTRA_KEY, {}) if brought else {}
+        trained = hub.read_config(name).get(EXTRA_KEY, {}) if brought else {}
     labels = hub.label_names(model)
     channels = model.pretrained_cfg["input_size"][0]
     if channels not in MODES:
@@ -185,26 +187,6 @@ def validate(
         "macs": None if exported else cost.count_macs(model, data_config["input_size"]),
         "per_class": _named(result, names),
     } | environment()
-
-
-def class_order(source_classes: tuple[str, ...], labels: tuple[str, ...] | None, num_classes: int) -> list[int]:
-    """The model's class index of each class of the data, by name where both have names, else by position.
-
-    Raises:
-        UserError: When the data has a class that the model doesn't know.
-    """
-    if labels is not None:
-        places = {name: index for index, name in enumerate(labels)}
-        strange = [name for name in source_classes if name not in places]
-        if not strange:
-            return [places[name] for name in source_classes]
-        if any(name in places for name in source_classes) or len(source_classes) != num_classes:
-            raise UserError(
-                f"the model doesn't know {len(strange)} of the data's {len(source_classes)} classes, the first is {strange[0]!r}"
-            )
-    if len(source_classes) > num_classes:
-        raise UserError(f"the data has {len(source_classes)} classes, the model {num_classes}")
-    return list(range(len(source_classes)))
 
 
 def relabelled(batches: Iterable[Batch], order: list[int]) -> Iterator[Batch]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from .. import hub
 from ..data.images import BadImage, open_image
 from ..errors import UserError
+from ..hub import class_names as class_names
 from ..models.tosa_vit import ToSAViT
 
 READERS = 4  # threads that decode; Pillow leaves the interpreter lock while it does
@@ -31,20 +30,6 @@ class Prediction:
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
     """Softmax over all classes; sums to 1 only if all of them are listed."""
-
-
-def class_names(model: nn.Module) -> tuple[str, ...]:
-    """A name to show for each logit: the model's own labels, ImageNet's for a head of its size, else the numbers."""
-    names = hub.label_names(model)
-    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    if names is not None:
-        described = cfg.get("label_descriptions") or {}
-        if not described and (subset := infer_imagenet_subset(model)):
-            described = ImageNetInfo(subset).label_descriptions(as_dict=True)  # for labels that are WordNet ids
-        return tuple(str(described.get(name, name)) for name in names)
-    if subset := infer_imagenet_subset(model):
-        return tuple(ImageNetInfo(subset).label_descriptions())
-    return tuple(str(index) for index in range(getattr(model, "num_classes", 0)))
 
 
 def predict(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import hub
 from ..errors import UserError, unknown_choice
+from ..run_folder import MODEL_CONFIG
 from .runtimes import Opened, need, open_onnx, open_openvino
 
 
@@ -106,8 +107,8 @@ def _config_for(path: Path, like: str | None) -> dict[str, Any]:
         return hub.read_config(like)
     places: Sequence[Path] = (path.parent, path.with_suffix(""), path.parent.parent)
     for folder in places:
-        if (folder / hub.CONFIG).is_file():
+        if (folder / MODEL_CONFIG).is_file():
             return hub.read_config(f"{hub.LOCAL}{folder}")
     raise UserError(
-        f"nothing says how {path} wants its images: put its model's {hub.CONFIG} beside it, or name it by --like MODEL"
+        f"nothing says how {path} wants its images: put its model's {MODEL_CONFIG} beside it, or name it by --like MODEL"
     )

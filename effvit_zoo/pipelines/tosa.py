@@ -38,6 +38,7 @@ from ..measure import cost
 from ..models import to_dense, to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..report.run_page import write_atomically, write_summary
+from ..run_folder import MODEL_CONFIG
 from ..tasks.classification import Task
 from ..training.config import AugmentConfig, DataConfig, DistillConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from ..training.launch import process_state
@@ -182,7 +183,7 @@ def _claim(folder: Path, config: ToSAConfig, resume: str | None, stage: str | No
 def _train_stage(name: str, folder: Path, config: ToSAConfig) -> None:
     """One stage, from its own config file, which anyone may read."""
     run = folder / STAGES[name]
-    if name != "dense" and not (folder / "start" / hub.CONFIG).is_file():
+    if name != "dense" and not (folder / "start" / MODEL_CONFIG).is_file():
         raise UserError(f"stage {name} needs the dense model in {folder / 'start'}: run the stages before it")
     if name == "finetune" and not _is_done(folder / STAGES["selectors"]):
         raise UserError(f"stage finetune needs {folder / STAGES['selectors']}: run the stages before it")
@@ -218,7 +219,7 @@ def _stage_config(name: str, folder: Path, config: ToSAConfig) -> RunConfig:
 def _make_start(folder: Path, config: ToSAConfig) -> None:
     """Model folders of the dense ViT and of the same with new selectors, from stage 1 or from what `model` names."""
     state = process_state()
-    if state.is_main_process and not (folder / "start" / hub.CONFIG).is_file():
+    if state.is_main_process and not (folder / "start" / MODEL_CONFIG).is_file():
         if config.dense is not None:
             trained: Any = hub.load(str(folder / STAGES["dense"] / "best"))
         else:

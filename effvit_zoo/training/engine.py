@@ -30,6 +30,7 @@ from ..errors import UserError
 from ..evaluation.loop import Evaluation, evaluate
 from ..measure.allocator import keep_freed_memory
 from ..report.run_page import write_figures, write_metrics
+from ..tasks._card import classification_card
 from ..tasks.classification import Task
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
@@ -367,7 +368,7 @@ class _Run:
 
     def _push_best(self, repo_id: str) -> None:
         try:
-            tqdm.write(f"uploaded: {hub.push(self.folder / 'best', repo_id)}")
+            tqdm.write(f"uploaded: {hub.push(self.folder / 'best', repo_id, classification_card)}")
         except UserError as error:
             tqdm.write(f"not uploaded, training goes on: {error}")
 

@@ -24,6 +24,7 @@ from ..data.splits import StreamSource, open_splits
 from ..errors import UserError
 from ..measure import cost
 from ..report.run_page import write_atomically, write_report, write_summary
+from ..tasks._card import classification_card
 from ..tasks.classification import Classification, Task, balanced_weights
 from ..tasks.distillation import Distillation, load_teacher
 from .checkpoint import find_checkpoint
@@ -110,7 +111,8 @@ def train(
         print(f'model: timm.create_model("local-dir:{folder / "best"}", pretrained=True) after import effvit_zoo')
         print(f"report: {folder / 'report.html'}")
         if config.hub.push is not None:
-            print(f"uploaded: {hub.push(folder / ('best' if config.hub.push_best else 'last'), config.hub.push)}")
+            pushed = folder / ('best' if config.hub.push_best else 'last')
+            print(f"uploaded: {hub.push(pushed, config.hub.push, classification_card)}")
     return folder
 
 
