@@ -404,7 +404,7 @@ _SIZES = {f"{family}_{size}": size for family in ("effzoo_vit", "effzoo_tosa_vit
 def _register_as(model: Any, family: str, selection: Mapping[str, Any]) -> None:
     """Gives a copy the name and arguments of the family's model of its shape, so that it can be saved; other shapes keep their name."""
     model_args = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in _SELECTION_ARGS}
-    size = _SIZES.get(model.pretrained_cfg.get("architecture", ""))
+    size = _SIZES.get(getattr(model, "pretrained_cfg", {}).get("architecture", ""))
     if size is not None:
         model.pretrained_cfg = {**model.pretrained_cfg, "architecture": f"{family}_{size}"}
         model.default_cfg = model.pretrained_cfg
