@@ -149,7 +149,9 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
         rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
         _create(resolved, pretrained, rest, name, bool(unknown))
-    return _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model = _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model.effvit_zoo_record = config.get(EXTRA_KEY) or {}  # type: ignore[assignment]
+    return model
 
 
 def resolve_name(name: str | Path) -> str:
