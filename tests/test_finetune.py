@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import effvit_zoo
 from effvit_zoo import hub
-from effvit_zoo.data.loader import BatchPlan
+from effvit_zoo.data.plan import BatchPlan
 from effvit_zoo.errors import UserError
 from effvit_zoo.evaluation.loop import per_class
 from effvit_zoo.tasks.classification import Classification, balanced_weights
