@@ -433,7 +433,9 @@ def test_constants_are_cached_for_training_and_bounded(monkeypatch):
         first = _recording.remember(build_ones, like, 4)
     assert not first.is_inference()
     assert _recording.remember(build_ones, like, 4) is first
-    assert torch.jit.trace(lambda x: x * _recording.remember(build_ones, x, 1), like, check_trace=False)(like).shape == (1,)
+    assert torch.jit.trace(lambda x: x * _recording.remember(build_ones, x, 1), like, check_trace=False)(
+        like
+    ).shape == (1,)
     assert len(_recording._CACHE) == 1
     monkeypatch.setattr(_recording, "MAX_BYTES", 100)
     for size in (5, 6, 7, 25, 26):

@@ -35,8 +35,6 @@ from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
 from ..measure.timing import time_in_turns
 from ..report.rows import check_output, make_console, write_rows
-from ..measure.timing import time_in_turns
-from ..report.rows import check_output, make_console, write_rows
 from ..viz.scaling import Line, scaling
 
 Tensor = torch.Tensor
