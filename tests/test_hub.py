@@ -346,7 +346,7 @@ def test_missing_and_unsafe_weights(folder):
         ('{"architecture": "test_vit", "num_classes": true}', "num_classes is True, expected a whole number"),
         ('{"architecture": "test_vit", "pretrained_cfg": []}', "pretrained_cfg is [], expected a mapping"),
         ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 8]}}', "input_size is [3, 8], expected 3"),
-        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": "grey"}}', "mean is 'grey', expected positive"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": "grey"}}', "mean is 'grey', expected numbers"),
         (
             '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"deepness": 3}}',
             "takes no argument 'deepness'",

@@ -643,7 +643,7 @@ BAD_CONFIGS = [
     ({"pretrained_cfg": {"crop_pct": "all"}}, "crop_pct is 'all', expected a number"),
     ({"pretrained_cfg": {"interpolation": 5}}, "interpolation is 5, expected a name"),
     ({"pretrained_cfg": {"classifier": {"a": 1}}}, "classifier is {'a': 1}, expected a name"),
-    ({"pretrained_cfg": {"mean": [True, 1, 1]}}, "mean is [True, 1, 1], expected positive numbers"),
+    ({"pretrained_cfg": {"mean": [True, 1, 1]}}, "mean is [True, 1, 1], expected numbers of at least 0"),
     ({"pretrained_cfg": {"hf_hub_filename": "evil.bin"}}, "weights are read from model.safetensors only"),
     (
         {"pretrained_cfg": {"custom_load": "hf", "hf_hub_filename": "e.npz"}},
@@ -668,7 +668,7 @@ def test_keys_of_a_newer_timm_do_not_keep_a_model_from_loading(the_hub, trained,
     """Nothing reads them, so they are passed over; those that this timm would stumble over are named."""
     config = json.loads((trained / "config.json").read_text())
     config |= {"auto_map": {"AutoModel": "evil.Model"}, "a_new_key": 1}
-    config["pretrained_cfg"] |= {"crop_shape": "round"}
+    config["pretrained_cfg"] |= {"crop_shape": "round", "mean": [0, 0, 0]}
     the_hub.add(NAME, {"config.json": json.dumps(config).encode(), "model.safetensors": _weights(trained)})
     expected = logits(hub.load(trained))
     assert main(["pull", NAME, "--output", str(tmp_path / "pulled")]) == 0
@@ -678,6 +678,7 @@ def test_keys_of_a_newer_timm_do_not_keep_a_model_from_loading(the_hub, trained,
         assert torch.equal(logits(loaded), expected)
         assert hub.label_names(loaded) == ("tit", "wren", "jay")
         assert loaded.pretrained_cfg["crop_pct"] == 0.9
+        assert loaded.pretrained_cfg["mean"] == [0, 0, 0]
         other = hub.load(name, num_classes=5, img_size=None)
         assert torch.equal(other.blocks[3].mlp.fc1.weight, loaded.blocks[3].mlp.fc1.weight)
         assert hub.label_names(hub.load(hub.save(loaded, tmp_path / "again"))) == ("tit", "wren", "jay")

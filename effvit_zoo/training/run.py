@@ -111,7 +111,7 @@ def train(
         print(f'model: timm.create_model("local-dir:{folder / "best"}", pretrained=True) after import effvit_zoo')
         print(f"report: {folder / 'report.html'}")
         if config.hub.push is not None:
-            pushed = folder / ('best' if config.hub.push_best else 'last')
+            pushed = folder / ("best" if config.hub.push_best else "last")
             print(f"uploaded: {hub.push(pushed, config.hub.push, classification_card)}")
     return folder
 
