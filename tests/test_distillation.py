@@ -15,10 +15,11 @@ from torch import nn
 
 import effvit_zoo
 from effvit_zoo import hub
+from effvit_zoo.data import Batch
 from effvit_zoo.errors import UserError
-from effvit_zoo.tasks.classification import Classification
-from effvit_zoo.tasks.distillation import Distillation, Teacher, distillation_loss
-from effvit_zoo.training.config import AugmentConfig, DistillConfig
+from effvit_zoo.tasks import Classification, Distillation, DistillConfig
+from effvit_zoo.tasks.classification import ClassificationAugment
+from effvit_zoo.tasks.distillation import Teacher, distillation_loss
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
 
@@ -114,11 +115,11 @@ def test_shares_of_labels_and_teacher(kind):
     torch.manual_seed(0)
     student = effvit_zoo.create_model("effzoo_swiftformer_xs", num_classes=3).train()
     teacher = Teacher(Recorder(), CONFIG, ("a", "b", "c"))
-    batch = {"image": torch.randn(4, 3, 32, 32), "target": torch.tensor([0, 1, 2, 1])}
+    batch = Batch(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 1]), torch.arange(4))
     losses = {}
     for alpha in (0.0, 0.3, 1.0):
-        task = Distillation(Classification(student, 3), teacher, DistillConfig(kind=kind, alpha=alpha, temperature=2.0))
-        losses[alpha] = task.loss(batch)[0]
+        task = Distillation(Classification(3), teacher, DistillConfig(kind=kind, alpha=alpha, temperature=2.0))
+        losses[alpha] = task.loss(task.trainable(student), batch)[0]
     torch.testing.assert_close(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0], rtol=1e-4, atol=1e-5)
     losses[1.0].backward()
     taught = {
@@ -132,15 +133,13 @@ def test_shares_of_labels_and_teacher(kind):
 def test_mixed_images_are_what_the_teacher_sees():
     model = Recorder()
     student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
-    augment = AugmentConfig(mixup=1.0)
-    task = Distillation(
-        Classification(student, 3, augment=augment), Teacher(model, CONFIG, ("a", "b", "c")), DistillConfig()
-    )
+    mixed = Classification(3, augment=ClassificationAugment(mixup=1.0))
+    task = Distillation(mixed, Teacher(model, CONFIG, ("a", "b", "c")), DistillConfig())
     seen = []
     student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    batch = {"image": torch.randn(4, 3, 32, 32).clamp(-1, 1), "target": torch.tensor([0, 1, 2, 1])}
-    task.loss(batch)
-    assert not torch.equal(seen[0], batch["image"])
+    batch = Batch(torch.randn(4, 3, 32, 32).clamp(-1, 1), torch.tensor([0, 1, 2, 1]), torch.arange(4))
+    task.loss(student, batch)
+    assert not torch.equal(seen[0], batch.image)
     undone = model.seen * torch.tensor([0.9, 0.8, 0.7]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     pixels = seen[0] * torch.tensor(CONFIG["std"]).view(3, 1, 1) + torch.tensor(CONFIG["mean"]).view(3, 1, 1)
     torch.testing.assert_close(undone, pixels.clamp(0, 1), rtol=1e-4, atol=1e-5)
@@ -150,7 +149,7 @@ def test_token_distillation_needs_a_second_classifier():
     student = effvit_zoo.create_model("effzoo_vit_pico", num_classes=3)
     teacher = Teacher(Recorder(), CONFIG, ("a", "b", "c"))
     with pytest.raises(UserError, match="has no classifier for the teacher: expected hard or soft"):
-        Distillation(Classification(student, 3), teacher, DistillConfig(kind="token"))
+        Distillation(Classification(3), teacher, DistillConfig(kind="token")).trainable(student)
 
 
 def test_a_run_with_a_teacher_resumes_and_saves_the_student_only(photos, tmp_path):

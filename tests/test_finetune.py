@@ -1,6 +1,8 @@
 """From a trained model and a folder of pictures to a fine-tuned one: freezing, layer-wise rates, weights, stopping early, the report."""
 
 import csv
+import dataclasses
+import json
 import re
 
 import numpy as np
@@ -13,13 +15,14 @@ from safetensors.torch import load_file
 
 import effvit_zoo
 from effvit_zoo import hub
-from effvit_zoo.data.loader import BatchPlan
+from effvit_zoo.data import Batch, BatchPlan
 from effvit_zoo.errors import UserError
-from effvit_zoo.evaluation.loop import per_class
-from effvit_zoo.tasks.classification import Classification, balanced_weights
+from effvit_zoo.tasks import Classification
+from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weights, per_class
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
 from effvit_zoo.training.optim import make_optimizer, make_scheduler
+from effvit_zoo.training.run import prepare
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def test_the_recipe_in_one_command(photos, tmp_path, capsys):
     ]
     assert train_small(output, *settings, config=ROOT / "configs/finetune.yaml") == 0
     said = capsys.readouterr().out
-    assert "classes are unequal: 'blue' 22 training images, 'green' 11 (train.class_weights=true" in said
+    assert "classes are imbalanced: 'blue' 22 training images, 'green' 11 (task.class_weights=true" in said
     for name in ("best", "last"):
         model = timm.create_model(f"local-dir:{output / name}", pretrained=True)
         assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
@@ -51,7 +54,7 @@ def test_the_recipe_in_one_command(photos, tmp_path, capsys):
     page = (output / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') >= 2
     assert not re.search(r'(src|href)="(?!data:)', page)  # no other file is needed
-    for word in ("recall, %", "precision, %", "F1, %", "blue", "classes are unequal", "Worst mistakes"):
+    for word in ("recall, %", "precision, %", "F1, %", "blue", "classes are imbalanced", "Most confident mistakes"):
         assert word in page
     assert summary(output)["epochs_run"] == 2
 
@@ -123,8 +126,7 @@ def test_early_stopping(photos, tmp_path, monkeypatch):
 
     def scripted(*args, **kwargs):
         result = original(*args, **kwargs)
-        object.__setattr__(result, "top1", next(tops))
-        return result
+        return dataclasses.replace(result, metrics={**result.metrics, "top1": next(tops)})
 
     monkeypatch.setattr(engine, "evaluate", scripted)
     assert train_small(tmp_path / "run", f"data.root={photos}", "train.epochs=5", "train.patience=2") == 0
@@ -140,46 +142,45 @@ def test_class_weights_equal_repeated_images(loss):
     image, target = torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1])
     weights = balanced_weights(target.numpy(), 2)
     torch.testing.assert_close(weights, torch.tensor([0.75, 1.5]))
-    weighted, _ = Classification(model, 2, loss=loss, class_weights=weights).loss({"image": image, "target": target})
+    config = ClassificationConfig(loss=loss)
+    weighted, _ = Classification(2, config, class_weights=weights).loss(model, Batch(image, target, torch.arange(6)))
     rows = [0, 1, 2, 3, 4, 5, 4, 5]
-    repeated, _ = Classification(model, 2, loss=loss).loss({"image": image[rows], "target": target[rows]})
+    repeated, _ = Classification(2, config).loss(model, Batch(image[rows], target[rows], torch.arange(8)))
     torch.testing.assert_close(weighted, repeated, check_dtype=False)
     assert balanced_weights(np.array([0, 0, 2]), 3)[1] == 1
 
 
 def test_per_class_figures():
-    rows = per_class(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]))
+    rows = per_class([[0, 0, 8], [0, 1, 2], [1, 0, 1], [1, 1, 3], [3, 0, 1]])
     assert rows[0] == {
         "images": 10,
         "recall": 80.0,
-        "precision": pytest.approx(800 / 9),
-        "f1": pytest.approx(1600 / 19),
+        "precision": 80.0,
+        "f1": 80.0,
+        "taken_for": 1,
+        "taken_for_images": 2,
     }
     assert rows[1]["f1"] == pytest.approx(2 * 75 * 60 / 135)
-    assert rows[2] == {"images": 0, "recall": None, "precision": None, "f1": None}
+    assert 2 not in rows  # no image
+    assert (rows[3]["recall"], rows[3]["precision"], rows[3]["f1"], rows[3]["taken_for"]) == (0.0, None, 0.0, 0)
 
 
 def test_the_surest_mistakes_are_kept(photos, tmp_path):
     """Against a plain loop over the validation images with the saved model."""
     output = tmp_path / "run"
     assert train_small(output, f"data.root={photos}", "data.val_fraction=0.4", "optim.name=sgd", "optim.lr=1e-9") == 0
-    from effvit_zoo.training.run import load_config as load
-    from effvit_zoo.training.run import prepare
-
-    feed, _ = prepare(load(output / "config.yaml"), 1)
+    feed = prepare(load_config(output / "config.yaml"), 1).feed
     model = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True).eval()
     expected = []
     with torch.no_grad():
         for batch in feed.val_batches(0):
-            shares, predicted = model(batch["image"]).softmax(1).max(1)
-            for share, index, true, guess in zip(shares, batch["index"], batch["target"], predicted, strict=True):
+            shares, predicted = model(batch.image).softmax(1).max(1)
+            for share, index, true, guess in zip(shares, batch.index, batch.target, predicted, strict=True):
                 if true != guess:
                     expected.append((share.item(), index.item(), true.item(), guess.item()))
     expected.sort(reverse=True)
     state = (output / "checkpoints").glob("*/state.json")
-    import json
-
-    got = json.loads(next(state).read_text())["best"]["mistakes"]
+    got = json.loads(next(state).read_text())["best"]["details"]["mistakes"]
     assert len(got) == min(len(expected), 24) > 0
     assert [row[1:] for row in got] == [list(row[1:]) for row in expected[:24]]
     assert (output / "mistakes.png").stat().st_size > 0
@@ -203,10 +204,10 @@ def test_the_same_images_per_step_on_any_number_of_processes(tmp_path):
     )
     config = load_config(path)
     for processes, accumulated in ((1, 16), (2, 8), (16, 1)):
-        shared = config.shared_by(processes)
+        shared = config.resolve_for_processes(processes)
         assert (shared.train.grad_accum, shared.optim.lr) == (accumulated, 2e-3)
     with pytest.raises(ValueError, match=r"multiple of train\.batch_size x processes = 32 x 3 = 96"):
-        config.shared_by(3)
+        config.resolve_for_processes(3)
 
 
 def test_warmup_before_the_schedule():
@@ -250,7 +251,7 @@ def test_upload_at_the_end_and_at_every_better_epoch(photos, tmp_path, the_hub, 
         if float(row["top1"]) > max_so_far:
             best, max_so_far = best + 1, float(row["top1"])
     assert len(uploads) == best + 1
-    there = effvit_zoo.hub.load("hf-hub:ada/birds", pretrained=True).state_dict()
+    there = hub.load("hf-hub:ada/birds", pretrained=True).state_dict()
     assert all(torch.equal(there[key], value) for key, value in load_file(output / "last/model.safetensors").items())
 
 
@@ -265,11 +266,11 @@ def test_an_upload_that_fails_in_between_does_not_end_the_run(photos, tmp_path, 
     def fail(*args):
         raise UserError("the Hub sleeps")
 
-    monkeypatch.setattr(effvit_zoo.hub, "push", fail)
+    monkeypatch.setattr(hub, "push", fail)
     settings = [f"data.root={photos}", "hub.push=ada/birds", "hub.push_every_best=true", "train.epochs=2"]
     assert train_small(tmp_path / "run", *settings) == 2  # the last upload is what the run was asked for
     said = capsys.readouterr()
-    assert "not uploaded, training goes on: the Hub sleeps" in said.out + said.err
+    assert "not uploaded, training continues: the Hub sleeps" in said.out + said.err
     assert (tmp_path / "run" / "summary.json").is_file()
 
 

@@ -13,9 +13,9 @@ from PIL import Image
 from runs import make_photos, start, summary, train_small
 from safetensors.torch import load_file
 
-from effvit_zoo.data.splits import open_splits
-from effvit_zoo.tasks.classification import Classification
-from effvit_zoo.training import checkpoint, engine, guards
+from effvit_zoo.data import duplicates, open_splits
+from effvit_zoo.tasks import Classification
+from effvit_zoo.training import checkpoint, engine
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def make_bad(monkeypatch, bad_steps, poison_statistics=False):
     calls = {"step": 0}
     original = Classification.loss
 
-    def loss(self, batch):
-        result, metrics = original(self, batch)
+    def loss(self, model, batch):
+        result, metrics = original(self, model, batch)
         calls["step"] += 1
         if calls["step"] - 1 in bad_steps:
             if poison_statistics:  # as a forward pass over infinite activations does
-                for name, buffer in self.model.named_buffers():
+                for name, buffer in model.named_buffers():
                     if "running" in name:
                         buffer.data = torch.full_like(buffer, float("nan"))
             result = result * float("nan")
@@ -51,7 +51,7 @@ def test_a_bad_step_changes_nothing(photos, tmp_path, monkeypatch, capsys):
 
     def watched(self, batches):
         result = original(self, batches)
-        weights.append({key: value.clone() for key, value in self.plain.state_dict().items()})
+        weights.append({key: value.clone() for key, value in self.model.state_dict().items()})
         return result
 
     monkeypatch.setattr(engine._Run, "_optimizer_step", watched)
@@ -135,9 +135,9 @@ def test_a_dead_loader_worker_is_one_line(photos, tmp_path, monkeypatch, capsys)
 
     original = engine._Run.__init__
 
-    def init(self, task, feed, *args):
+    def init(self, task, objective, model, feed, *args):
         object.__setattr__(feed, "train_batches", lambda *_: Dying())
-        original(self, task, feed, *args)
+        original(self, task, objective, model, feed, *args)
 
     monkeypatch.setattr(engine._Run, "__init__", init)
     assert train_small(tmp_path / "run", f"data.root={photos}") == 2
@@ -180,17 +180,15 @@ def test_files_in_both_splits_are_told(photos, tmp_path, capsys):
     shutil.copytree(photos, root)
     shutil.copy(root / "train/red/3.png", root / "val/blue/copy.png")
     splits = open_splits(root)
-    assert guards.duplicates(splits.train, splits.val) == [
-        (str(root / "val/blue/copy.png"), str(root / "train/red/3.png"))
-    ]
-    assert guards.duplicates(splits.val, splits.val)[0][0] == guards.duplicates(splits.val, splits.val)[0][1]
+    assert duplicates(splits.train, splits.val) == [(str(root / "val/blue/copy.png"), str(root / "train/red/3.png"))]
+    assert duplicates(splits.val, splits.val)[0][0] == duplicates(splits.val, splits.val)[0][1]
     assert train_small(tmp_path / "run", f"data.root={root}") == 0
     assert "warning: 1 of 13 validation files are training files too" in capsys.readouterr().out
     assert "copy.png" in (tmp_path / "run/report.html").read_text()
     assert train_small(tmp_path / "quiet", f"data.root={root}", "data.check_duplicates=false") == 0
     assert "warning" not in capsys.readouterr().out
     plain = open_splits("builtin:fashion-mnist-mini")
-    assert guards.duplicates(plain.train, plain.val) == []
+    assert duplicates(plain.train, plain.val) == []
 
 
 def test_duplicates_need_equal_content_not_equal_size(tmp_path):
@@ -200,7 +198,7 @@ def test_duplicates_need_equal_content_not_equal_size(tmp_path):
             pixels = np.random.default_rng(hash((split, label)) % 1000).integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / label / "0.bmp")  # all of one size
     splits = open_splits(tmp_path)
-    assert guards.duplicates(splits.train, splits.val) == []
+    assert duplicates(splits.train, splits.val) == []
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 from runs import make_photos, summary
 
 from effvit_zoo import hub
-from effvit_zoo.evaluation.loop import _in_step, evaluate
+from effvit_zoo.data import Batch
+from effvit_zoo.evaluation.loop import _lockstep, evaluate
+from effvit_zoo.tasks import Classification
 
 SCRIPT = Path(__file__).with_name("train_sharded.py")
 
@@ -89,41 +91,30 @@ def test_a_process_with_no_readable_image_keeps_in_step(tmp_path):
     assert summary(tmp_path / "run")["bad_files"] == 3
 
 
-def image(batch):
-    return None if batch["image"] is None else tuple(batch["image"].shape)
-
-
 def test_processes_take_the_same_number_of_steps():
     """This process has a batch, one without a readable image and no third one; the other has three images and ends then."""
     states = iter([[1, 3, 8, 8], [1, 3, 8, 8], [1, 3, 8, 8], [0, 0, 0, 0]])
     two = SimpleNamespace(device="cpu", gather=lambda own: torch.cat([own, torch.tensor([next(states)])]))
-    full = {
-        "image": torch.ones(2, 3, 8, 8),
-        "target": torch.zeros(2, dtype=torch.int64),
-        "index": torch.arange(2),
-        "bad": [],
-    }
-    damaged = {"image": None, "target": None, "index": None, "bad": [("a.png", "truncated")]}
-    seen = list(_in_step([full, damaged], two))
-    assert [image(batch) for batch in seen] == [(2, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
-    assert [len(batch["target"]) for batch in seen] == [2, 0, 0]
-    assert [batch["bad"] for batch in seen] == [[], damaged["bad"], []]
+    full = Batch(torch.ones(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    nothing = torch.empty(0)
+    damaged = Batch(nothing, nothing, nothing, (("a.png", "truncated"),))
+    reported = []
+    seen = list(_lockstep([full, damaged], two, reported.extend))
+    assert [tuple(batch.image.shape) for batch in seen] == [(2, 3, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8)]
+    assert [len(batch) for batch in seen] == [2, 0, 0]
+    assert reported == [("a.png", "truncated")]
 
 
 def test_images_that_only_keep_step_do_not_count():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     accelerator = Accelerator()
-    batch = {
-        "image": torch.ones(2, 3, 2, 2),
-        "target": torch.tensor([0, 1]),
-        "index": torch.arange(2),
-        "bad": [],
-    }
+    batch = Batch(torch.ones(2, 3, 2, 2), torch.tensor([0, 1]), torch.arange(2))
     nothing = torch.zeros(0, dtype=torch.int64)
-    filler = {"image": torch.zeros(1, 3, 2, 2), "target": nothing, "index": nothing, "bad": []}
-    alone = evaluate(model, [batch], 2, accelerator, lambda bad: None)
-    filled = evaluate(model, [batch, filler], 2, accelerator, lambda bad: None, in_step=True)
-    assert filled.images == 2
-    assert filled.loss == alone.loss
-    assert (filled.confusion == alone.confusion).all()
-    assert filled.mistakes == alone.mistakes
+    filler = Batch(torch.zeros(1, 3, 2, 2), nothing, nothing)
+    results = [
+        evaluate(model, batches, Classification(2).evaluator(accelerator.device), accelerator, lambda bad: None)
+        for batches in ([batch], [batch, filler])
+    ]
+    assert results[0].images == results[1].images == 2
+    assert results[0].metrics == results[1].metrics
+    assert results[0].details == results[1].details

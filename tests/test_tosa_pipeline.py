@@ -15,13 +15,14 @@ import effvit_zoo
 import train
 from effvit_zoo import cli, hub
 from effvit_zoo.benchmark import tosa as benchmark
-from effvit_zoo.data.splits import open_splits
+from effvit_zoo.data import Batch, open_splits
 from effvit_zoo.errors import run_command
 from effvit_zoo.pipelines import tosa as pipeline
 from effvit_zoo.training import engine
 from tools import tosa_dense_demo as dense_demo
 
 CONFIG = """
+pipeline: tosa
 model: {name: effzoo_vit_pico, kwargs: {depth: 4, drop_path_rate: 0.1}}
 data: {root: PHOTOS, num_workers: 0}
 ratios: [1.0, 0.5]
@@ -85,8 +86,8 @@ def test_folders_are_loadable_and_tell_what_came_out(whole):
     assert all(row["ms"] > 0 and 0 <= row["top1"] <= 100 for row in summary["ratios"])
     assert set(summary["stages"]) == {"dense", "selectors", "finetune"}
     assert (whole / "ratios.png").stat().st_size > 5000
-    for stage in pipeline.STAGES.values():
-        assert (whole / stage / "curves.png").is_file()
+    for stage in pipeline.STAGES:
+        assert (whole / stage.folder / "curves.png").is_file()
 
 
 @pytest.mark.parametrize("stage", ["1-dense", "2-selectors", "3-finetune"])
@@ -114,14 +115,14 @@ def test_a_cut_in_any_stage_changes_nothing(config, whole, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_two_processes_run_all_stages(config, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", train.__file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", train.__file__]
     command += ["--config", str(config), "--output", str(tmp_path / "two")]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    for stage in pipeline.STAGES.values():
-        summary = json.loads((tmp_path / "two" / stage / "summary.json").read_text())
+    for stage in pipeline.STAGES:
+        summary = json.loads((tmp_path / "two" / stage.folder / "summary.json").read_text())
         assert summary["processes"] == 2
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["ratios"]
 
@@ -130,7 +131,7 @@ def test_stages_can_be_run_one_by_one(config, whole, tmp_path, capsys):
     assert run(config, tmp_path / "one", "--stage", "finetune") == 2
     assert "run the stages before it" in capsys.readouterr().err
     for stage in pipeline.STAGES:
-        assert run(config, tmp_path / "one", "--stage", stage) == 0
+        assert run(config, tmp_path / "one", "--stage", stage.name) == 0
     expected, found = weights(whole / "3-finetune" / "last"), weights(tmp_path / "one" / "3-finetune" / "last")
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
@@ -156,8 +157,8 @@ def test_a_tosa_vit_trains_densely_first(config, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "attention_ratio=1.5"], "attention_ratio: expected numbers from 0 to 1, got [1.5]"),
-        (["--set", "finetune.ratios=[]"], "finetune.ratios: expected numbers from 0 to 1, got []"),
+        (["--set", "attention_ratio=1.5"], "attention_ratio"),
+        (["--set", "finetune.ratios=[]"], "finetune.ratios"),
         (["--set", "finetune.ratio=0.5"], "finetune.ratio"),
         (["--set", "model.name=effzoo_swiftformer_xs", "model.kwargs={}"], "expected a plain timm VisionTransformer"),
         (["--stage", "fourth"], "fourth"),
@@ -195,7 +196,7 @@ def test_benchmark_of_a_run_measures_selectors_and_controls(whole, tmp_path, cap
     assert "fixed set of tokens" in printed
     found = json.loads(rows.read_text())
     assert {row["selector"] for row in found} >= set(benchmark.CONTROLS)
-    assert all(0 <= row[stage] <= 100 for row in found for stage in (benchmark.BEFORE, benchmark.AFTER))
+    assert all(0 <= row[stage] <= 100 for row in found for stage in (pipeline.SELECTORS, pipeline.FINETUNE))
     assert cli.main(["benchmark", "tosa", str(tmp_path)]) == 2
     assert "not the output folder of a finished ToSA training" in capsys.readouterr().err
 
@@ -231,7 +232,7 @@ def test_a_perfect_selector_has_full_overlap_and_no_divergence(whole):
     pairs = model.score_pairs
     model.score_pairs = lambda x, stride=None: [(after, after) for _, after in pairs(x, stride)]
     model.token_selectors = lambda: [Oracle(), Oracle()]
-    batch = {"image": torch.randn(2, 3, 32, 32), "target": torch.zeros(2)}
+    batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2), torch.arange(2))
     for row in benchmark.selector_quality(model, [batch], [0.5]):
         assert row["overlap 0.5"] == pytest.approx(1)
         assert row["kl"] == pytest.approx(0, abs=1e-5)

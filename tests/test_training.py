@@ -57,7 +57,7 @@ def test_a_run_leaves_what_was_promised(photos, config, tmp_path, capsys):
         "train.epochs=4",
         "train.ema_decay=0.9",
         "augment.mixup=0.2",
-        "train.smoothing=0.1",
+        "task.smoothing=0.1",
     ]
     assert run(config, output, *settings, "train.trackers=[tensorboard]") == 0
     summary = json.loads((output / "summary.json").read_text())
@@ -86,7 +86,7 @@ def test_a_run_leaves_what_was_promised(photos, config, tmp_path, capsys):
         ["validate", "--model", str(output), "--data", str(photos), "--results-file", str(results), "--workers", "0"]
     )
     assert code == 0
-    assert json.loads(results.read_text())["top1"] == summary["top1"]
+    assert json.loads(results.read_text())[0]["top1"] == summary["top1"]
 
 
 @pytest.mark.parametrize("cut", [2, 7, 12])
@@ -152,7 +152,7 @@ def test_unreadable_files_are_named_once_and_counted(photos, config, tmp_path, c
     results = tmp_path / "results.json"  # on the same images that the run held out
     command = ["validate", "--model", str(tmp_path / "run"), "--data", str(root), "--results-file", str(results)]
     assert effzoo([*command, "--workers", "0"]) == 0
-    assert json.loads(results.read_text())["top1"] == summary["top1"]
+    assert json.loads(results.read_text())[0]["top1"] == summary["top1"]
     capsys.readouterr()
     assert run(config, tmp_path / "strict", f"data.root={root}", "data.on_bad_file=raise") == 2
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1
@@ -274,7 +274,7 @@ def test_two_processes_equal_one(photos, tmp_path):
         "optim.lr=0.05",
         "augment.scale=[0.5,1.0]",
     ]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     runs = {
         "one": start("--output", tmp_path / "one", "--set", *settings, "train.batch_size=10"),
         "two": start("--output", tmp_path / "two", "--set", *settings, "train.batch_size=5", launch=launch),

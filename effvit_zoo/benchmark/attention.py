@@ -34,13 +34,11 @@ from ..attention.additive import efficient_additive_attention
 from ..attention.cross_covariance import cross_covariance_attention
 from ..attention.multiscale_linear import relu_linear_attention
 from ..errors import UserError, unknown_choice
-from ..export.optimize import time_in_turns
-from ..measure import cost
-from ..measure.host import gemm_gflops
+from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
+from ..measure.timing import time_in_turns
+from ..report.rows import check_output, make_console, write_rows
 from ..viz.scaling import Line, scaling
-from .backbones import write_rows
-from .command import check_output, make_console
 
 Tensor = torch.Tensor
 Function = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -177,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console(150)
-    host = {"processor": cost.processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
+    host = {"processor": processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
     header = f"{host['processor']}, {args.threads} thread(s), float32 matrix products {host['gemm_gflops']:.0f} GFLOP/s"
     console.print(f"{header}, torch {torch.__version__}", highlight=False)
     rows = []

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,25 +26,25 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import hub
+from .. import hub, run_folder
 from ..attention.token_select import number_selected, select_tokens, token_importance
-from ..data.feed import Feed
+from ..data import Batch, Feed, readable
 from ..errors import UserError
-from ..export.optimize import time_in_turns
-from ..export.runtimes import RUNTIMES, run_in
+from ..export import TARGETS
+from ..export.deployed import run_in
 from ..measure import cost
-from ..measure.host import gemm_gflops
+from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
+from ..measure.timing import time_in_turns
 from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
-from ..training.config import RunConfig, load_config
-from ..training.run import CONFIG_FILE, prepare
-from ..viz.selection import accuracy_over_macs
-from .backbones import write_rows
-from .command import check_output, make_console
+from ..pipelines.tosa import DENSE_MODEL, FINETUNE, SELECTORS, TOSA
+from ..report.rows import check_output, make_console, write_rows
+from ..training.config import load_config
+from ..training.run import prepare
+from ..viz.selection import metric_over_macs
 
-BEFORE, AFTER = "2-selectors", "3-finetune"
-"""Run folders of the stages in a pipeline's output folder."""
+RATIOS_FIGURE = "ratios.png"
 
 FORMS: Mapping[str, tuple[int, int, int]] = {
     "fast": (1, 1, 4),
@@ -77,50 +75,74 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     console = make_console()
     if args.run is None:
-        rows = measure_speed(args, console)
+        console.print(
+            f"{processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
+            f"torch {torch.__version__}, batch {args.batch_size}"
+        )
+        installed = [name for name, target in TARGETS.items() if target.installed and target.export is not None]
+        runtimes = installed if args.runtimes is None else args.runtimes
+        rows = []
+        for side in args.img_sizes:
+            console.print(f"timing {side} pixels", style="dim")
+            models = speed_models(args.model, side, args.ratios or [0.5])
+            sample = torch.randn(args.batch_size, 3, side, side)
+            rows += measure_speed(models, sample, ["torch", *runtimes], args.threads, args.repeats)
+        _print_speed(console, args.model, rows)
     else:
         rows = measure_selectors(args.run, args.ratios or [0.5, 0.25], console)
     if args.output:
         write_rows(rows, args.output)
 
 
-def measure_speed(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Rows of form, runtime and image size with times in ms, ratio to the dense model, MACs and peak memory."""
-    installed = [name for name in RUNTIMES if importlib.util.find_spec(name)]
-    runtimes = installed if args.runtimes is None else args.runtimes
-    console.print(
-        f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
-        f"torch {torch.__version__}, batch {args.batch_size}"
-    )
-    rows = []
-    for side in args.img_sizes:
-        sized: dict[str, dict[str, Any]]
-        dense: Any = hub.load(args.model, img_size=side).eval()
-        sample = torch.randn(args.batch_size, 3, side, side)
-        models: dict[str, nn.Module] = {"dense": dense}
-        for ratio in args.ratios or [0.5]:
-            for form, (kernel, hidden, stride) in FORMS.items():
-                torch.manual_seed(0)
+def speed_models(name: str, side: int, ratios: Sequence[float]) -> dict[str, nn.Module]:
+    """The dense ViT, and ToSA-ViTs of the same weights in every form of `FORMS` at every ratio, by name."""
+    dense: Any = hub.load(name, img_size=side).eval()
+    models: dict[str, nn.Module] = {"dense": dense}
+    for ratio in ratios:
+        for form, (kernel, hidden, stride) in FORMS.items():
+            torch.manual_seed(0)
+            try:
                 models[f"{form}, r = {ratio:g}"] = to_tosa(dense, ratio, kernel, hidden, stride).eval()
-        sized = {name: {"img_size": side, "form": name} for name in models}
-        for name, model in models.items():
-            sized[name]["gmacs"] = cost.count_macs(model, (3, side, side)) / 1e9
-            with torch.inference_mode():
-                sized[name]["peak_mb"] = peak_bytes(partial(model, sample)) / 2**20
-        for runtime in ["torch", *runtimes]:
-            console.print(f"timing {side} pixels in {runtime}", style="dim")
-            calls: dict[str, Callable[[Tensor], Any]] = {}
-            for name, model in models.items():
-                calls[name] = model if runtime == "torch" else run_in(runtime, model, sample, args.threads)
-            with torch.inference_mode():
-                times = time_in_turns(
-                    {name: partial(call, sample) for name, call in calls.items()}, args.repeats, burst=2
-                )
-            rows += [
-                {**sized[name], "runtime": runtime, "ms": times[name], "ratio": times[name] / times["dense"]}
-                for name in models
-            ]
-    table = Table(title=f"{args.model}: token selection against the dense model")
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
+    return models
+
+
+def measure_speed(
+    models: Mapping[str, nn.Module], sample: Tensor, runtimes: Sequence[str], threads: int = 1, repeats: int = 20
+) -> list[dict[str, Any]]:
+    """A row per runtime and model: times in ms, their ratio to the dense model's, GMACs and peak memory in MB.
+
+    Args:
+        models: Name -> model; one is called "dense".
+        sample: Images (B, C, H, W).
+        runtimes: "torch" and names of targets.
+        threads: Number of threads of the other runtimes.
+        repeats: Timed calls per model.
+    """
+    costs: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        costs[name] = {"img_size": sample.shape[-1], "form": name}
+        costs[name]["gmacs"] = cost.count_macs(model, tuple(sample.shape[1:])) / 1e9
+        with torch.inference_mode():
+            costs[name]["peak_mb"] = peak_bytes(partial(model, sample)) / 2**20
+    rows = []
+    for runtime in runtimes:
+        calls: dict[str, Callable[[Tensor], Any]] = {
+            name: model if runtime == "torch" else run_in(runtime, model, sample, threads)
+            for name, model in models.items()
+        }
+        with torch.inference_mode():
+            times = time_in_turns({name: partial(call, sample) for name, call in calls.items()}, repeats, burst=2)
+        rows += [
+            {**costs[name], "runtime": runtime, "ms": times[name], "ratio": times[name] / times["dense"]}
+            for name in models
+        ]
+    return rows
+
+
+def _print_speed(console: Console, model: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=f"{model}: token selection against the dense model")
     for column in ("pixels", "runtime", "form", "GMACs", "", "peak MB", "ms", "against dense"):
         table.add_column(column, justify="left" if column in ("runtime", "form") else "right")
     dense_macs = {row["img_size"]: row["gmacs"] for row in rows if row["form"] == "dense"}
@@ -137,61 +159,71 @@ def measure_speed(args: argparse.Namespace, console: Console) -> list[dict[str, 
             f"{100 * (row['ratio'] - 1):+.1f} %",
         )
     console.print(table)
-    return rows
 
 
 def measure_selectors(folder: Path, ratios: Sequence[float], console: Console) -> list[dict[str, Any]]:
     """Rows of selector, ratio and top-1 before and after the fine-tuning; prints also quality and cost, and draws ratios.png."""
-    for stage in (BEFORE, AFTER):
-        if not (folder / stage / CONFIG_FILE).is_file():
+    for stage in (SELECTORS, FINETUNE):
+        if not (folder / stage / run_folder.CONFIG).is_file():
             raise UserError(f"{folder} is not the output folder of a finished ToSA training: it has no {stage}")
     if any(not 0 <= ratio <= 1 for ratio in ratios):
         raise UserError(f"--ratios: expected numbers from 0 to 1, got {list(ratios)}")
     feed = _feed(folder)
-    models = {stage: _tosa(folder / stage / "last") for stage in (BEFORE, AFTER)}
+    models = {stage: _tosa(folder / stage / run_folder.LAST) for stage in (SELECTORS, FINETUNE)}
     console.print(f"{folder}: {feed.describe()['val_images']} validation images")
-    _print_quality(console, selector_quality(models[BEFORE], feed.val_batches(0), ratios))
-    static = static_importance(
-        models[BEFORE], itertools.islice(feed.train_batches(0, 0, STATIC_BATCHES), STATIC_BATCHES)
-    )
+    _print_quality(console, selector_quality(models[SELECTORS], readable(feed.val_batches(0), _ignore), ratios))
+    batches = itertools.islice(feed.train_batches(0, 0, STATIC_BATCHES), STATIC_BATCHES)
+    static = static_importance(models[SELECTORS], readable(batches, _ignore))
     rows: list[dict[str, Any]] = []
-    for name in CONTROLS:
-        for ratio in ratios:
-            row: dict[str, Any] = {"selector": name, "ratio": ratio}
-            for stage, model in models.items():
-                row[stage] = statistics.mean(
-                    top1(controlled(model, name, static, seed), feed.val_batches(0), ratio)
-                    for seed in range(DRAWS.get(name, 1))
-                )
-            rows.append(row)
+    for name, ratio in itertools.product(CONTROLS, ratios):
+        row: dict[str, Any] = {"selector": name, "ratio": ratio}
+        for stage, model in models.items():
+            draws = [controlled(model, name, static, seed) for seed in range(DRAWS.get(name, 1))]
+            row[stage] = statistics.mean(top1(draw, feed, ratio) for draw in draws)
+        rows.append(row)
     for name, ratio in (("dense model", 1.0), ("no patches (class token alone)", 0.0)):
-        rows.append(
-            {"selector": name, "ratio": ratio} | {s: top1(m, feed.val_batches(0), ratio) for s, m in models.items()}
-        )
+        measured = {stage: top1(model, feed, ratio) for stage, model in models.items()}
+        rows.append({"selector": name, "ratio": ratio, **measured})
+    _print_selectors(console, rows)
+    compared = compare_ratios(folder, sorted({1.0, 0.0, *ratios}, reverse=True))
+    print_ratios(console, compared)
+    by_ratio = {point["ratio"]: point for point in compared[1:]}
+    controls: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["selector"] in CONTROLS and row["selector"] != "learned":
+            point = by_ratio[row["ratio"]] | {"top1": row[FINETUNE]}
+            controls.setdefault(row["selector"], []).append(point)
+    draw_ratios(folder, compared, controls)
+    console.print(f"figure: {folder / RATIOS_FIGURE}")
+    return rows
+
+
+def _print_selectors(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="top-1 in percent with the network of before and after the fine-tuning")
     for column in ("tokens chosen by", "attention ratio", "before", "after"):
         table.add_column(column, justify="left" if column.startswith("tokens") else "right")
     for row in rows:
-        table.add_row(row["selector"], f"{row['ratio']:g}", f"{row[BEFORE]:.2f}", f"{row[AFTER]:.2f}")
+        table.add_row(row["selector"], f"{row['ratio']:g}", f"{row[SELECTORS]:.2f}", f"{row[FINETUNE]:.2f}")
     console.print(table)
-    compared = compare_ratios(folder, sorted({1.0, 0.0, *ratios}, reverse=True))
-    print_ratios(console, compared)
-    accuracy_over_macs(
-        {"ToSA": compared[1:]},
-        compared[0],
-        folder / "ratios.png",
-        controls={
-            name: [
-                next(c for c in compared[1:] if c["ratio"] == row["ratio"]) | {"top1": row[AFTER]}
-                for row in rows
-                if row["selector"] == name
-            ]
-            for name in CONTROLS
-            if name != "learned"
-        },
+
+
+def conclude(folder: Path) -> None:
+    """Compares the ratios that a finished training asks for; writes them into its summary and draws ratios.png."""
+    ratios = TOSA.load(folder / run_folder.CONFIG).ratios
+    rows = compare_ratios(folder, ratios)
+    print_ratios(make_console(), rows)
+    draw_ratios(folder, rows)
+    summary = run_folder.read_json(folder / run_folder.SUMMARY)
+    run_folder.write_json(folder / run_folder.SUMMARY, summary | {"ratios": rows})
+
+
+def draw_ratios(
+    folder: Path, rows: Sequence[Mapping[str, Any]], controls: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> None:
+    """ratios.png of rows as `compare_ratios` gives them, the dense model first."""
+    metric_over_macs(
+        {"ToSA": rows[1:]}, rows[0], folder / RATIOS_FIGURE, key="top1", label="top-1, %", controls=controls
     )
-    console.print(f"figure: {folder / 'ratios.png'}")
-    return rows
 
 
 def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> list[dict[str, Any]]:
@@ -207,7 +239,7 @@ def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> 
     """
     feed = _feed(folder)
     size = feed.data_config["input_size"]
-    tosa, dense = _tosa(folder / AFTER / "last"), hub.load(str(folder / "dense")).eval()
+    tosa, dense = _tosa(folder / FINETUNE / run_folder.LAST), hub.load(folder / DENSE_MODEL).eval()
     models: dict[str, Any] = {"dense": dense}
     for ratio in ratios:
         models[f"{ratio:g}"] = copy.deepcopy(tosa)
@@ -219,7 +251,7 @@ def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> 
         {
             "name": name,
             "ratio": None if name == "dense" else model.attention_ratio,
-            "top1": top1(model, feed.val_batches(0), None),
+            "top1": top1(model, feed),
             "macs": cost.count_macs(model, size),
             "ms": times[name],
         }
@@ -228,8 +260,8 @@ def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> 
 
 
 def print_ratios(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table of `compare_ratios`' rows."""
-    table = Table(title=f"dense ViT and ToSA, one image at a time on {cost.processor_name()}")
+    """A table of `compare_ratios`'s rows."""
+    table = Table(title=f"dense ViT and ToSA, one image at a time on {processor_name()}")
     for column in ("attention ratio", "top-1", "MMACs", "", "ms", ""):
         table.add_column(column, justify="right")
     dense = rows[0]
@@ -246,15 +278,18 @@ def print_ratios(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @torch.inference_mode()
-def top1(model: nn.Module, batches: Iterable[Mapping[str, Any]], ratio: float | None) -> float:
-    """Percent of images that a model gets right, at an attention ratio if one is given."""
+def top1(model: Any, feed: Feed, ratio: float | None = None) -> float:
+    """Percent of the validation images that a model classifies correctly, at an attention ratio if one is given."""
     hits = images = 0
-    with model.at_ratio(ratio) if ratio is not None else nullcontext():  # type: ignore[operator]
-        for batch in batches:
-            if batch["image"] is not None:
-                hits += int((model(batch["image"]).argmax(1) == batch["target"]).sum())
-                images += len(batch["target"])
+    for batch in readable(feed.val_batches(0), _ignore):
+        logits = model(batch.image) if ratio is None else model.forward_at_ratio(batch.image, ratio)
+        hits += int((logits.argmax(1) == batch.target).sum())
+        images += len(batch)
     return 100 * hits / images
+
+
+def _ignore(bad: Sequence[tuple[str, str]]) -> None:
+    """Unreadable files were reported by the training."""
 
 
 class _Chosen(nn.Module):
@@ -308,29 +343,25 @@ def controlled(model: ToSAViT, control: str, static: Sequence[Tensor], seed: int
 
 
 @torch.inference_mode()
-def static_importance(model: ToSAViT, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+def static_importance(model: ToSAViT, batches: Iterable[Batch]) -> list[Tensor]:
     """Mean true importance (L,) of every token in each ToSA layer, over images."""
     sums: list[Tensor] = []
     images = 0
     for batch in batches:
-        found = [token_importance(after).sum(0) for _, after in model.score_pairs(batch["image"], stride=1)]
+        found = [token_importance(after).sum(0) for _, after in model.score_pairs(batch.image, stride=1)]
         sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
-        images += len(batch["image"])
+        images += len(batch.image)
     return [total / images for total in sums]
 
 
 @torch.inference_mode()
-def selector_quality(
-    model: ToSAViT, batches: Iterable[Mapping[str, Any]], ratios: Sequence[float]
-) -> list[dict[str, float]]:
+def selector_quality(model: ToSAViT, batches: Iterable[Batch], ratios: Sequence[float]) -> list[dict[str, float]]:
     """Per pair of layers: KL divergence in nats of the predicted from the true map, that of a uniform map, and at each ratio the
     share of the truly most important patches that the selector picks (chance: the ratio itself)."""
     prefix, images = model.num_prefix_tokens, 0
     sums: list[dict[str, float]] = [{} for _ in model.token_selectors()]
     for batch in batches:
-        image = batch["image"]
-        if image is None:
-            continue
+        image = batch.image
         images += len(image)
         kl = model.selector_losses(image)
         sampled, full = model.score_pairs(image), model.score_pairs(image, stride=1)
@@ -363,7 +394,7 @@ def _print_quality(console: Console, quality: Sequence[Mapping[str, float]]) -> 
 
 
 def _tosa(folder: Path) -> ToSAViT:
-    model = hub.load(str(folder)).eval()
+    model = hub.load(folder).eval()
     if not isinstance(model, ToSAViT):
         raise UserError(f"{folder}: expected a ToSA-ViT, got {type(model).__name__}")
     return model
@@ -371,5 +402,4 @@ def _tosa(folder: Path) -> ToSAViT:
 
 def _feed(folder: Path) -> Feed:
     """The images of a pipeline's last stage."""
-    config: RunConfig = load_config(folder / AFTER / CONFIG_FILE)
-    return prepare(config, 1)[0]
+    return prepare(load_config(folder / FINETUNE / run_folder.CONFIG), 1).feed

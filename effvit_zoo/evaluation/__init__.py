@@ -1,1 +1,1 @@
-"""Measuring models on data sets, in training and afterwards."""
+"""Measuring models: the evaluator's loop over batches, comparison of models, prediction on image files."""

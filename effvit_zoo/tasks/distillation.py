@@ -1,40 +1,58 @@
-"""Learning from a trained model beside the labels: hard, soft and by a classifier of its own ("token").
+"""Knowledge distillation: a trained teacher's output is a further target, hard, soft, or for a classifier of its own ("token").
 
 "Distilling the Knowledge in a Neural Network", arXiv:1503.02531 (soft), and "Training data-efficient image transformers &
-distillation through attention", arXiv:2012.12877 (hard, token); losses as in facebookresearch/deit @ 0282d2a, Apache-2.0.
+distillation through attention", arXiv:2012.12877 (hard, token); losses as in facebookresearch/deit @ 0282d2a, Apache-2.0. Works for
+every task whose outputs are logits of classes along one axis.
 
 Deliberate differences: the teacher sees the images in its own size and normalisation, whatever the student's; its classes are
 matched by name where both sides have names; the soft loss is a mean over images as in the first paper (DeiT's code divides by
-the number of classes too); "token" needs no token, only a model of timm's convention
-`set_distilled_training`, such as SwiftFormer with its second classifier.
+the number of classes too); "token" needs no token, only a model of timm's convention `set_distilled_training`, such as SwiftFormer
+with its second classifier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from .. import hub
-from ..data.loader import Batch
+from ..config import section
+from ..data import Batch
 from ..errors import UserError
-from ..evaluation.compare import class_order
-from ..training.config import DistillConfig
-from .classification import Classification, top1
+from .contract import Task
+
+
+@section
+class DistillConfig:
+    """Knowledge distillation from a trained teacher."""
+
+    teacher: str | None = None
+    """Teacher, a model as in model.name, with its weights; None for no distillation."""
+    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further constructor arguments of the teacher."""
+    kind: Literal["hard", "soft", "token"] = "hard"
+    """Target from the teacher: its first choice (hard), its probabilities (soft), or its first choice for the student's own
+    distillation classifier (token: SwiftFormer, distilled DeiT)."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the teacher in the loss."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature for kind=soft."""
 
 
 class Teacher:
-    """A frozen classifier that is asked with the student's batches.
+    """A frozen classifier, applied to the student's batches.
 
     Args:
         model: Images to logits.
         student_config: timm's preprocessing settings that the batches were made with (input_size, mean, std).
         class_names: The student's classes, by index.
-        precision: "no", "bf16" or "fp16", what the teacher computes in.
+        precision: "no", "bf16" or "fp16", the type that the teacher computes in.
 
     Raises:
         UserError: The teacher doesn't know the classes.
@@ -58,7 +76,7 @@ class Teacher:
             raise UserError(
                 f"the teacher knows {num_classes} classes without their names, the data has {len(class_names)}: expected as many"
             )
-        order = class_order(tuple(class_names), labels, num_classes)
+        order = hub.class_order(tuple(class_names), labels, num_classes)
         self.order = None if order == list(range(num_classes)) else torch.tensor(order)
         # x * std + mean undoes the student's normalisation, and the teacher's is put in its place
         mean, std = _column(student_config["mean"]), _column(student_config["std"])
@@ -66,7 +84,7 @@ class Teacher:
         self.undo, self.redo = (std, mean), (own_std, own_mean)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, H, W) of the student -> the teacher's logits (B, num_classes), in fp32, in the student's order."""
+        """The student's normalised images (B, C, H, W) -> the teacher's logits (B, num_classes, ...), float32, in the student's order."""
         device = images.device
         self.model.to(device)
         with torch.no_grad():
@@ -85,67 +103,65 @@ class Teacher:
 
 
 class Distillation:
-    """Classification in which a share of the loss comes from a teacher. The teacher is outside what is trained and saved.
+    """Objective around a task: a share of the loss comes from a teacher, which is outside what is trained and saved.
 
     Args:
-        classification: Student, labels' loss and mixing.
-        teacher: What answers for the same (mixed) images.
+        task: Student's loss on the labels, and mixing.
+        teacher: Model that answers for the same (mixed) images.
         config: Kind, share and temperature.
 
     Raises:
-        UserError: "token" with a model that has no classifier for the teacher.
+        UserError: The task's outputs are not logits.
     """
 
-    def __init__(self, classification: Classification, teacher: Teacher, config: DistillConfig) -> None:
-        self.classification, self.teacher, self.config = classification, teacher, config
-        if config.kind == "token":
-            model: Any = classification.model
+    def __init__(self, task: Task, teacher: Teacher, config: DistillConfig) -> None:
+        if task.logits_axis is None:
+            raise UserError("distill.teacher: the outputs of this task are not logits of classes, expected null")
+        self.task, self.teacher, self.config, self.axis = task, teacher, config, task.logits_axis
+
+    def trainable(self, model: nn.Module) -> nn.Module:
+        if self.config.kind == "token":
             if not hasattr(model, "set_distilled_training"):
                 raise UserError(
                     f"distill.kind is token, but {type(model).__name__} has no classifier for the teacher: expected hard or soft"
                 )
-            model.set_distilled_training(True)
+            model.set_distilled_training(True)  # type: ignore[operator]
+        return self.task.trainable(model)
 
-    @property
-    def model(self) -> nn.Module:
-        return self.classification.model
-
-    @model.setter
-    def model(self, model: nn.Module) -> None:
-        self.classification.model = model
-
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        image, target = batch["image"], batch["target"]
-        image, soft_target = self.classification.mix(image, target)
-        answer = self.model(image)
-        logits, learner = answer if isinstance(answer, tuple) else (answer, answer)
-        logits, learner = logits.float(), learner.float()
-        taught = distillation_loss(learner, self.teacher(image), self.config.kind, self.config.temperature)
-        labelled = self.classification.label_loss(logits, soft_target)
-        alpha = self.config.alpha
-        return (1 - alpha) * labelled + alpha * taught, {"top1": top1(logits, target)}
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = self.task.mix(batch)
+        answer = model(image)
+        output, learner = answer if isinstance(answer, tuple) else (answer, answer)
+        kind, temperature, alpha = self.config.kind, self.config.temperature, self.config.alpha
+        taught = distillation_loss(learner.float(), self.teacher(image), kind, temperature, self.axis)
+        labelled = self.task.objective(output, target)
+        return (1 - alpha) * labelled + alpha * taught, self.task.values(output, batch)
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
-    """Mean loss of logits against a teacher's, both (B, C).
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, kind: str, temperature: float = 1.0, axis: int = 1
+) -> Tensor:
+    """Mean loss of logits against a teacher's, both with C classes along `axis`: (B, C) or (B, C, H, W).
 
     Soft is T^2 KL(teacher || student) of softmaxes at temperature T; hard is the cross entropy with the teacher's first choice.
+    All images count alike, and within an image all pixels.
     """
     if kind == "soft":
-        teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-        student = F.log_softmax(logits / temperature, dim=1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-    return F.cross_entropy(logits, teacher_logits.argmax(1))
+        teacher = F.log_softmax(teacher_logits / temperature, dim=axis)
+        student = F.log_softmax(logits / temperature, dim=axis)
+        elements = logits.numel() // logits.shape[axis]
+        return F.kl_div(student, teacher, reduction="sum", log_target=True) / elements * temperature**2
+    return F.cross_entropy(logits.movedim(axis, 1), teacher_logits.argmax(axis))
 
 
 def load_teacher(
-    config: DistillConfig, student_config: Mapping[str, Any], class_names: Sequence[str], precision: str = "no"
+    config: DistillConfig, student_config: Mapping[str, Any], labels: Sequence[str], precision: str = "no"
 ) -> Teacher:
     """The teacher that a config names, with its weights. Raises `UserError`."""
     if config.teacher is None:
         raise ValueError("expected distill.teacher to name a model, got None")
     model = hub.load(config.teacher, pretrained=True, **config.teacher_kwargs)
-    return Teacher(model, student_config, class_names, precision)
+    return Teacher(model, student_config, labels, precision)
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -21,39 +21,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..run_folder import CHECKPOINTS, STATE
+from ..tasks import Evaluation, Metric
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass
 class RunState:
-    """What a run has to remember beside tensors. Random numbers are functions of (seed, step), so no generator state is among it."""
+    """Counters and history of a run. Random numbers are functions of (seed, step), so no generator state is needed."""
 
     step: int = 0
     """Finished optimizer steps."""
     batch: int = 0
     """Largest number of images per optimizer step, over all processes."""
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Of the epoch under way: images, loss x images, top-1 x images."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums over the images of the current epoch: their number ("images"), the loss and the task's values."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """A row per finished epoch."""
-    best_top1: float = -1.0
     best_epoch: int = -1
     best: dict[str, Any] = field(default_factory=dict)
-    """Of the best epoch: its `Evaluation` as numbers and lists."""
+    """Evaluation of the best epoch: its `metrics` and `details`."""
     seconds: float = 0.0
-    """Wall-clock time of the run, summed over its sittings."""
+    """Wall-clock time of the run, summed over its parts."""
     bad_files: dict[str, str] = field(default_factory=dict)
     """Unreadable files and the reasons."""
     skipped_steps: int = 0
     """Steps that changed nothing, because their loss was not finite."""
     skipped_in_a_row: int = 0
 
+    def consider(self, epoch: int, result: Evaluation, name: str, metric: Metric) -> bool:
+        """Keeps an epoch's evaluation if it is the best so far by the named metric; whether it is."""
+        better = metric.is_better(result.metrics[name], self.best["metrics"][name] if self.best else None)
+        if better:
+            self.best_epoch = epoch
+            self.best = {"metrics": result.metrics, "details": result.details}
+        return better
+
 
 def find_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _FOLDER.fullmatch(path.name)]
+    found = [path for path in (run / CHECKPOINTS).glob("step-*") if _FOLDER.fullmatch(path.name)]
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
@@ -66,17 +75,17 @@ def save_checkpoint(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None,
     try:
         return _write(run, accelerator, ema, state, keep)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        shutil.rmtree(run / "checkpoints" / "writing", ignore_errors=True)
+        shutil.rmtree(run / CHECKPOINTS / "writing", ignore_errors=True)
         last = find_checkpoint(run)
         free = shutil.disk_usage(run).free // 2**20
         raise UserError(
-            f"cannot write a checkpoint of step {state.step} into {run}: {' '.join(str(error).split())[:200]} ({free} MiB free); "
-            f"{f'the last good one is {last.name}: make room and go on with --resume {run}' if last else 'there is none yet'}"
+            f"cannot write a checkpoint of step {state.step} into {run}: {one_line(error)} ({free} MiB free); "
+            f"{f'the last good one is {last.name}: free some space and continue with --resume {run}' if last else 'there is none yet'}"
         ) from error
 
 
 def _write(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: RunState, keep: int) -> Path:
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     target, writing = folder / f"step-{state.step:08d}", folder / "writing"
     if accelerator.is_main_process:
         shutil.rmtree(writing, ignore_errors=True)
@@ -88,7 +97,7 @@ def _write(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: R
             save_file(
                 {key: value.contiguous() for key, value in ema.module.state_dict().items()}, writing / "ema.safetensors"
             )
-        (writing / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
+        (writing / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         for path in writing.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -109,7 +118,7 @@ def _write(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: R
 def load_checkpoint(folder: Path, accelerator: Accelerator, ema: ModelEmaV3 | None) -> RunState:
     """Puts a checkpoint's tensors into what was prepared with the accelerator, and returns its counters."""
     try:
-        state = RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        state = RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
         accelerator.load_state(str(folder))
         if ema is not None:
             ema.module.load_state_dict(load_file(folder / "ema.safetensors", device=str(accelerator.device)))
@@ -121,7 +130,7 @@ def load_checkpoint(folder: Path, accelerator: Accelerator, ema: ModelEmaV3 | No
         RuntimeError,
         torch.serialization.pickle.UnpicklingError,
     ) as error:
-        raise UserError(f"checkpoint {folder} can't be resumed from: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"checkpoint {folder} can't be resumed from: {one_line(error, 300)}") from error
     if not accelerator.is_main_process:
-        state.sums = [0.0, 0.0, 0.0]  # the sums of all processes live on the main one
+        state.sums = dict.fromkeys(state.sums, 0.0)  # the main process has the sums of all
     return state

@@ -1,7 +1,7 @@
-"""The one training loop. Everything that differs between trainings is in the task, the data or the config.
+"""The one training loop. Everything that differs between trainings is in the task, the objective, the data or the config.
 
-A run can be cut at any moment and resumed to the same final weights: see `loader` for the order of images and `checkpoint`
-for what is kept. With several processes a step's gradient is the mean over its images, however they are shared out, so that
+A run can be cut at any moment and resumed to the same final weights: see `data.plan` for the order of images and `checkpoint`
+for what is kept. With several processes a step's gradient is the mean over its images, however they are distributed, so that
 two processes equal one.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
@@ -23,28 +23,23 @@ from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import hub
-from ..data.feed import Feed
-from ..data.loader import Batch, seed_everything
+from ..data import Batch, Feed, seed_everything
 from ..errors import UserError
-from ..evaluation.loop import Evaluation, evaluate
-from ..measure.allocator import keep_freed_memory
-from ..report.run_page import write_figures, write_metrics
-from ..tasks._card import classification_card
-from ..tasks.classification import Task
+from ..evaluation.loop import evaluate
+from ..tasks import Evaluation, Metric, Objective, Task
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .freezing import FrozenBackbone
-from .guards import BufferKeeper, SigtermWatch, save_batches, watched_loader
+from .guards import BufferSnapshot, SigtermWatch, save_batches, watched_loader
 from .optim import make_optimizer, make_scheduler
+from .recorder import Recorder
 
 TRACK_EVERY = 20  # optimizer steps between two points of the step curves
-DRAW_AFTER = 30.0  # seconds an epoch has to take for the figures to be drawn after it, not only at the end
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run came to: counters, the model that was validated (averaged weights where they are kept), training images/s."""
+    """Counters of a run, the model that was validated (averaged weights where they are kept), training images per second."""
 
     state: RunState
     model: nn.Module
@@ -52,178 +47,224 @@ class FitResult:
 
 
 def fit(
-    task: Task, feed: Feed, config: RunConfig, accelerator: Accelerator, folder: Path, checkpoint: Path | None = None
+    task: Task,
+    objective: Objective,
+    model: nn.Module,
+    feed: Feed,
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: Path,
+    checkpoint: Path | None = None,
 ) -> FitResult:
-    """Trains `task.model` and fills the run folder, from the start or from a checkpoint.
+    """Trains a model and fills the run folder, from the start or from a checkpoint.
 
     Args:
-        task: Model and loss.
+        task: Evaluation, metric and presentation.
+        objective: What is trained and by which loss; the task itself, or one around it.
+        model: The model that is validated and saved.
         feed: Training and validation batches.
         config: The run's config.
         accelerator: Device, processes, precision, trackers.
         folder: Run folder; metrics.csv, figures, `best/`, `last/` and `checkpoints/` are written there.
-        checkpoint: A checkpoint folder of the same run to go on from.
+        checkpoint: A checkpoint folder of the same run to resume from.
 
     Raises:
-        UserError: For a checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
+        UserError: A checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
             `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
-        SystemExit: With code 0, after a SIGTERM and the checkpoint that it asks for.
+        SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
     """
-    keep_freed_memory()
-    return _Run(task, feed, config, accelerator, folder, checkpoint).finish()
+    return _Run(task, objective, model, feed, config, accelerator, folder, checkpoint).finish()
 
 
 class _Run:
-    """One call of `fit`: the loop's parts, with what they share as attributes."""
+    """One call of `fit`: the parts of the loop, with what they share as attributes."""
 
     def __init__(
-        self, task: Task, feed: Feed, config: RunConfig, accelerator: Accelerator, folder: Path, checkpoint: Path | None
+        self,
+        task: Task,
+        objective: Objective,
+        model: nn.Module,
+        feed: Feed,
+        config: RunConfig,
+        accelerator: Accelerator,
+        folder: Path,
+        checkpoint: Path | None,
     ):
-        self.task, self.feed, self.config, self.accelerator, self.folder = task, feed, config, accelerator, folder
+        self.task, self.objective, self.feed, self.config = task, objective, feed, config
+        self.accelerator, self.folder = accelerator, folder
         train = config.train
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and train.ema_decay:
             raise UserError(
                 f"train.ema_decay is {train.ema_decay}, expected 0 with FSDP, which cuts weights into shards"
             )
-        self.whole = copy.deepcopy(task.model).to("meta") if self.sharded else None  # to put gathered shards into
-        self.plain = task.model.to(accelerator.device)  # what is saved; `task.model` becomes its wrapped form
+        self.model = model.to(accelerator.device)  # what is validated and saved
         if train.channels_last:
-            self.plain.to(memory_format=torch.channels_last)
-        self.ema = ModelEmaV3(self.plain, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
-        optimizer = make_optimizer(self.plain, config.optim)
+            self.model.to(memory_format=torch.channels_last)
+        trainable = objective.trainable(self.model)
+        self.wraps_model = trainable is not self.model
+        # FSDP's shards are gathered into this copy, without values until then
+        self.unsharded = copy.deepcopy(trainable).to("meta") if self.sharded else None
+        self.ema = ModelEmaV3(self.model, decay=train.ema_decay, use_warmup=True) if train.ema_decay else None
+        optimizer = make_optimizer(self.model, config.optim)
         self.freezer = None
         if train.freeze_epochs:
             until_step = train.freeze_epochs * feed.steps_per_epoch
-            self.freezer = FrozenBackbone(self.plain, until_step, wrapped=accelerator.num_processes > 1)
-        self.keeper = BufferKeeper(self.plain)
+            self.freezer = FrozenBackbone(self.model, until_step, wrapped=accelerator.num_processes > 1)
+        self.buffers = BufferSnapshot(self.model)
         self.sigterm = SigtermWatch()
         self.stop_now = False  # SIGTERM reached one of the processes
         if train.compile:
-            self.plain.compile()
-        task.model, self.optimizer = accelerator.prepare(self.plain, optimizer)
+            trainable.compile()
+        self.module, self.optimizer = accelerator.prepare(trainable, optimizer)
         self.scheduler = make_scheduler(self.optimizer, config.optim, train.epochs, feed.steps_per_epoch)
         self.total_steps = train.epochs * feed.steps_per_epoch
-        batch = train.batch_size * train.grad_accum * accelerator.num_processes
-        self.state = RunState(batch=batch)
-        if checkpoint is not None:
-            self.state = load_checkpoint(checkpoint, accelerator, self.ema)
-            if self.state.batch != batch:
-                raise UserError(
-                    f"checkpoint {checkpoint} was made with {self.state.batch} images per step, this run has {batch} "
-                    f"(train.batch_size x train.grad_accum x processes): keep the product"
-                )
-            self.scheduler.step_update(self.state.step)
-        self.sums = torch.tensor(self.state.sums, dtype=torch.float64, device=accelerator.device)
+        self.state = self._initial_state(checkpoint)
+        self.sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=accelerator.device)
+            for name, value in self.state.sums.items()
+        }
+        self.recorder = Recorder(task, feed, config, folder)
         self.seconds_before = self.state.seconds
         self.started = self.epoch_started = time.perf_counter()
-        self.images_this_sitting = 0
+        self.images_since_start = 0
         self.step_seconds = 0.0
+
+    def _initial_state(self, checkpoint: Path | None) -> RunState:
+        train = self.config.train
+        batch = train.batch_size * train.grad_accum * self.accelerator.num_processes
+        if checkpoint is None:
+            return RunState(batch=batch)
+        state = load_checkpoint(checkpoint, self.accelerator, self.ema)
+        if state.batch != batch:
+            raise UserError(
+                f"checkpoint {checkpoint} was made with {state.batch} images per step, this run has {batch} "
+                f"(train.batch_size x train.grad_accum x processes): keep this product unchanged"
+            )
+        self.scheduler.step_update(state.step)
+        return state
 
     def finish(self) -> FitResult:
         state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
-        process = self.accelerator.process_index
-        batches = watched_loader(self.feed.train_batches(process, state.step, self.total_steps))
-        with (
-            self.sigterm,
-            tqdm(
-                total=self.total_steps,
-                initial=state.step,
-                unit="step",
-                disable=not self.accelerator.is_main_process,
-                dynamic_ncols=True,
-                smoothing=0.05,
-                mininterval=0.2 if sys.stderr.isatty() else 5.0,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone, {remaining} to go{postfix}",
-            ) as bar,
-        ):
+        loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
+        batches = watched_loader(loader)
+        with self.sigterm, self._progress_bar() as bar:
             while True:
                 epochs, steps_into_epoch = divmod(state.step, per_epoch)
                 if steps_into_epoch == 0 and len(state.history) < epochs:
-                    line = self._end_epoch(epochs - 1)
+                    line = self._end_epoch(epochs)
                     if self.accelerator.is_main_process:
                         bar.write(line)
                     self._save_checkpoint()
-                if self._is_through():
+                if self._is_finished():
                     break
                 bar.set_description_str(f"epoch {epochs + 1}/{self.config.train.epochs}", refresh=False)
                 step_started = time.perf_counter()
-                loss, top1 = self._optimizer_step(batches)
+                values = self._optimizer_step(batches)
                 self.step_seconds += time.perf_counter() - step_started
-                self._show(bar, loss, top1)
+                self._show(bar, values)
                 if self.stop_now:
-                    self._leave(bar)
+                    self._checkpoint_and_exit(bar)
                 if checkpoint_steps and state.step % checkpoint_steps == 0 and state.step % per_epoch:
                     self._save_checkpoint()
         if self.accelerator.is_main_process:
-            self._draw()
+            self.recorder.draw(state.history)
         # FSDP's shards can't be called by one process alone; their gathered copy can
-        return FitResult(state, self.validated_model if self.whole is None else self.whole, self._rate())
+        model = self.validated_model if self.unsharded is None else self._inner(self.unsharded)
+        return FitResult(state, model, self._rate())
 
-    def _is_through(self) -> bool:
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.total_steps,
+            initial=self.state.step,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def _is_finished(self) -> bool:
         state, patience = self.state, self.config.train.patience
         stalled = bool(state.history) and len(state.history) - state.best_epoch >= patience > 0
         return state.step >= self.total_steps or stalled
 
-    def _leave(self, bar: tqdm) -> None:
-        """Ends the process well: clusters send SIGTERM before they take a machine away."""
+    def _checkpoint_and_exit(self, bar: tqdm) -> None:
+        """Clusters send SIGTERM before they reclaim a machine."""
         self._save_checkpoint()
         if self.accelerator.is_main_process:
-            bar.write(f"SIGTERM: stopped after step {self.state.step}; --resume {self.folder} goes on from there")
+            bar.write(f"SIGTERM: stopped after step {self.state.step}; resume with --resume {self.folder}")
         self.accelerator.end_training()
         raise SystemExit(0)
 
     @property
     def validated_model(self) -> nn.Module:
-        return self.ema.module if self.ema is not None else self.plain
+        return self.ema.module if self.ema is not None else self.model
 
-    def _optimizer_step(self, batches: Any) -> tuple[Tensor, Tensor]:
-        """One optimizer step over its micro-batches; the step's mean loss and top-1 on this process, still on the device."""
+    def _optimizer_step(self, batches: Any) -> dict[str, Tensor]:
+        """One optimizer step over its micro-batches; means of the loss and the task's values on this process, on the device."""
         train, accelerator = self.config.train, self.accelerator
         step = self.state.step
-        before = self.sums.clone()
-        self.keeper.keep()
-        self.task.model.train()
+        before = {name: value.clone() for name, value in self.sums.items()}
+        self.buffers.take()
+        self.module.train()
         if self.freezer is not None:
             self.freezer.before_step(step)
         step_batches: list[Batch] = []
         for micro in range(train.grad_accum):
-            batch = self._to_device(next(batches))
+            batch = self._next_batch(batches)
             step_batches.append(batch)
-            images = len(batch["target"])
-            weight = images * accelerator.num_processes / self.feed.step_size(step)
+            weight = len(batch) * accelerator.num_processes / self.feed.step_size(step)
             seed_everything(train.seed, step, micro, accelerator.process_index)
             last = micro == train.grad_accum - 1
-            with nullcontext() if last else accelerator.no_sync(self.task.model):
-                loss, metrics = self.task.loss(batch)
+            with nullcontext() if last else accelerator.no_sync(self.module):
+                loss, values = self.objective.loss(self.module, batch)
                 accelerator.backward(loss * weight)
-            top1 = metrics.get("top1", torch.zeros_like(loss))
-            self.sums += images * torch.stack([torch.ones_like(loss), loss.detach(), top1]).double()
+            self._add(len(batch), {"loss": loss.detach(), **values})
         if self.freezer is not None:
             self.freezer.after_backward(step)
         norm = self._clip_gradients()
-        images_seen, loss_sum, top1_sum = (self.sums - before).unbind()
-        bad = self._agree(loss_sum if norm is None else loss_sum + norm)
-        if (
-            not bad or train.precision == "fp16"
-        ):  # in fp16 the gradient scaler leaves out the step itself, and learns from it
+        means = self._means_since(before)
+        bad = self._any_process_nonfinite(means["loss"] if norm is None else means["loss"] + norm)
+        # in fp16 the gradient scaler leaves out the step itself, and adapts its scale by it
+        if not bad or train.precision == "fp16":
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step = step + 1
         self.scheduler.step_update(self.state.step)
         if bad:
             self.sums = before
-            self._take_back(step_batches, loss_sum / images_seen)
+            self._undo_step(step_batches, means["loss"])
         else:
             self.state.skipped_in_a_row = 0
             if self.ema is not None:
-                self.ema.update(self.plain, step=self.state.step)
-        self.images_this_sitting += self.feed.step_size(step)
-        return loss_sum / images_seen, top1_sum / images_seen
+                self.ema.update(self.model, step=self.state.step)
+        self.images_since_start += self.feed.step_size(step)
+        return means
+
+    def _next_batch(self, batches: Any) -> Batch:
+        batch = next(batches)
+        self._note_bad(batch.bad)
+        if not len(batch):
+            raise UserError("the training set holds no readable image")
+        return batch.to(self.accelerator.device, self.config.train.channels_last)
+
+    def _add(self, images: int, values: dict[str, Tensor]) -> None:
+        """Adds batch means, weighted by the number of images, to the sums of the epoch."""
+        for name, value in {"images": torch.ones_like(values["loss"]), **values}.items():
+            total = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=self.accelerator.device))
+            self.sums[name] = total + images * value.double()
+
+    def _means_since(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the images since the sums were `before`."""
+        since = {name: value - before.get(name, 0) for name, value in self.sums.items()}
+        images = since.pop("images")
+        return {name: value / images for name, value in since.items()}
 
     def _clip_gradients(self) -> Tensor | None:
-        """Clips as `optim.clip_mode` says; the gradient norm where that is known and says whether the step is sound."""
-        optim, parameters = self.config.optim, self.task.model.parameters()
+        """Clips as `optim.clip_mode` says; the gradient norm where it is known and tells whether the step is sound."""
+        optim, parameters = self.config.optim, self.module.parameters()
         if optim.clip_grad is None:
             return None
         if optim.clip_mode == "norm":
@@ -236,8 +277,8 @@ class _Run:
             adaptive_clip_grad(parameters, optim.clip_grad)
         return None
 
-    def _agree(self, number: Tensor) -> bool:
-        """Whether the number is infinite or NaN on any process; notes too whether one got a SIGTERM."""
+    def _any_process_nonfinite(self, number: Tensor) -> bool:
+        """Whether the number is infinite or NaN on any process; also records whether any process received SIGTERM."""
         bad, stop = not bool(torch.isfinite(number)), self.sigterm.received
         if self.accelerator.num_processes > 1:
             flags = torch.tensor([bad, stop], dtype=torch.float32, device=self.accelerator.device)
@@ -245,32 +286,23 @@ class _Run:
         self.stop_now = stop
         return bad
 
-    def _take_back(self, batches: list[Batch], loss: Tensor) -> None:
-        """Makes a step with a bad loss undone; stops the run when there were too many in a row."""
-        state, most = self.state, self.config.train.max_bad_steps
-        self.keeper.take_back()
+    def _undo_step(self, batches: list[Batch], loss: Tensor) -> None:
+        """Rolls back a step whose loss was not finite; aborts the run after too many in a row."""
+        state, limit = self.state, self.config.train.max_bad_steps
+        self.buffers.restore()
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         if self.accelerator.is_main_process:
             tqdm.write(f"skipped step {state.step}: its loss or gradient is not finite (loss {loss.item():.3g})")
-        if state.skipped_in_a_row >= most:
+        if state.skipped_in_a_row >= limit:
             path = save_batches(self.folder, state.step, self.accelerator.process_index, batches)
             raise UserError(
-                f"the loss or its gradient was not finite in {most} steps in a row, the last is step {state.step}; "
+                f"the loss or its gradient was not finite in {limit} steps in a row, the last is step {state.step}; "
                 f"its batch is in {path}: a lower optim.lr, optim.clip_grad or train.precision bf16 instead of fp16 may help"
             )
 
-    def _to_device(self, batch: Batch) -> Batch:
-        self._note_bad(batch["bad"])
-        if batch["image"] is None:
-            raise UserError("the training set holds no readable image")
-        image = batch["image"].to(self.accelerator.device, non_blocking=True)
-        if self.config.train.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return batch | {"image": image, "target": batch["target"].to(self.accelerator.device, non_blocking=True)}
-
-    def _note_bad(self, bad: list[tuple[str, str]]) -> None:
-        """Names each unreadable file once, or stops at the first."""
+    def _note_bad(self, bad: Sequence[tuple[str, str]]) -> None:
+        """Reports each unreadable file once, or aborts at the first."""
         for name, reason in bad:
             if self.config.data.on_bad_file == "raise":
                 raise UserError(f"{name} can't be read: {reason}")
@@ -279,127 +311,88 @@ class _Run:
                 if self.accelerator.is_main_process:
                     tqdm.write(f"skipped {name}: {reason}")
 
-    def _show(self, bar: tqdm, loss: Tensor, top1: Tensor) -> None:
-        """Moves the bar on; its numbers are read from the device only when it is redrawn."""
-        rate = self.images_this_sitting / self.step_seconds
+    def _show(self, bar: tqdm, values: dict[str, Tensor]) -> None:
+        """Advances the bar; values are read from the device only when it is redrawn."""
+        rate = self.images_since_start / self.step_seconds
         if bar.update():
-            bar.set_postfix_str(
-                f" loss {loss.item():.3f}, top-1 {top1.item():.1f} %, {rate:.0f} images/s", refresh=False
-            )
+            shown = [f"loss {values['loss'].item():.3f}"]
+            shown += [_shown(self.task, name, v.item(), digits=1) for name, v in values.items() if name != "loss"]
+            bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} images/s"]), refresh=False)
         if self.state.step % TRACK_EVERY == 0:
-            values = {
-                "step/loss": loss.item(),
-                "step/top1": top1.item(),
-                "step/lr": self._lr(),
-                "step/images_per_second": rate,
-            }
-            self.accelerator.log(values, step=self.state.step)
+            tracked = {f"step/{name}": value.item() for name, value in values.items()}
+            tracked |= {"step/lr": self._lr(), "step/images_per_second": rate}
+            self.accelerator.log(tracked, step=self.state.step)
 
     def _rate(self) -> float:
-        """Training images per second of this sitting, or of the last epoch where it has trained nothing."""
+        """Training images per second since the start, or of the last epoch where nothing was trained since."""
         if self.step_seconds:
-            return self.images_this_sitting / self.step_seconds
+            return self.images_since_start / self.step_seconds
         return self.state.history[-1]["images_per_second"] if self.state.history else 0.0
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _end_epoch(self, epoch: int) -> str:
-        """Validates, records the epoch and saves the model folders; returns the epoch's line."""
+        """Validates, records the epoch and saves the model folders; returns the line to print."""
         train_seconds = time.perf_counter() - self.epoch_started
-        images, loss_sum, top1_sum = self.accelerator.reduce(self.sums, "sum").tolist()
-        self.sums.zero_()
+        sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
+        images = sums.pop("images")
+        self.sums = {}
         result = self._validate()
-        state, train = self.state, self.config.train
+        state = self.state
+        metrics = {name: value for name, value in result.metrics.items() if name != "loss"}
         row = {
-            "epoch": epoch + 1,
+            "epoch": epoch,
             "step": state.step,
             "lr": self._lr(),
-            "train_loss": loss_sum / images,
-            "train_top1": top1_sum / images,
-            "val_loss": result.loss,
-            "top1": result.top1,
-            "top5": result.top5,
+            **{f"train_{name}": value / images for name, value in sums.items()},
+            "val_loss": result.metrics["loss"],
+            **metrics,
             "images_per_second": self._rate(),
             "seconds": self._seconds(),
         }
         state.history.append(row)
         self._gather_bad_files()
-        better = result.top1 > state.best_top1
-        if better:
-            state.best_top1, state.best_epoch = result.top1, epoch + 1
-            state.best = {
-                "loss": result.loss,
-                "top1": result.top1,
-                "top5": result.top5,
-                "confusion": result.confusion.tolist(),
-                "mistakes": [list(mistake) for mistake in result.mistakes],
-            }
-        self.accelerator.log(
-            {f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step")}, step=state.step
-        )
-        saved = self._unsharded()
+        is_best = state.consider(epoch, result, *next(iter(self.task.metrics.items())))
+        values = {f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step")}
+        self.accelerator.log(values, step=state.step)
+        saved = self._gathered_model()
         if self.accelerator.is_main_process:
-            for name in ("best", "last") if better else ("last",):
-                hub.save(
-                    saved,
-                    self.folder / name,
-                    label_names=self.feed.class_names,
-                    data_config=self.feed.data_config,
-                    extra={
-                        "top1": result.top1,
-                        "top5": result.top5,
-                        "epoch": epoch + 1,
-                        "data": self.config.data.root,
-                        "seed": train.seed,
-                        "val_fraction": self.config.data.val_fraction,
-                    },
-                )
-            write_metrics(self.folder, state.history)
-            if train_seconds > DRAW_AFTER:
-                self._draw()
-            if better and self.config.hub.push is not None and self.config.hub.push_every_best:
-                self._push_best(self.config.hub.push)
+            self.recorder.record(saved, state.history, result, is_best, train_seconds)
         self.epoch_started = time.perf_counter()
-        return (
-            f"epoch {epoch + 1:3d}/{self.config.train.epochs}: train loss {row['train_loss']:.3f}, top-1 {row['train_top1']:.1f} % | "
-            f"validation loss {result.loss:.3f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.1f} %{' (best so far)' if better else ''}"
-        )
+        return _epoch_line(self.task, row, self.config.train.epochs, is_best)
 
-    def _push_best(self, repo_id: str) -> None:
-        try:
-            tqdm.write(f"uploaded: {hub.push(self.folder / 'best', repo_id, classification_card)}")
-        except UserError as error:
-            tqdm.write(f"not uploaded, training goes on: {error}")
-
-    def _unsharded(self) -> nn.Module:
-        """What to save. FSDP's shards are gathered on the main process; call it on every one."""
-        if self.whole is None:
+    def _gathered_model(self) -> nn.Module:
+        """The model to save. FSDP's shards are gathered on the main process; call it on every process."""
+        if self.unsharded is None:
             return self.validated_model
-        weights = self.accelerator.get_state_dict(self.task.model)
+        weights = self.accelerator.get_state_dict(self.module)
         if self.accelerator.is_main_process:
-            self.whole = self.whole.to_empty(device="cpu")
-            self.whole.load_state_dict(weights)
-        return self.whole
+            self.unsharded = self.unsharded.to_empty(device="cpu")
+            self.unsharded.load_state_dict(weights)
+        return self._inner(self.unsharded)
+
+    def _inner(self, trainable: nn.Module) -> Any:
+        """The saved model inside a trainable module."""
+        return trainable.model if self.wraps_model else trainable
 
     def _validate(self) -> Evaluation:
         model = self.validated_model
         if self.accelerator.num_processes > 1:
-            for buffer in model.buffers():  # BatchNorm's statistics are each process' own; the main one's are saved
+            for buffer in model.buffers():  # BatchNorm's statistics are each process's own; the main one's are saved
                 buffer.copy_(broadcast(buffer))
-        batches = self.feed.val_batches(self.accelerator.process_index)
         return evaluate(
             model,
-            batches,
-            len(self.feed.class_names),
+            self.feed.val_batches(self.accelerator.process_index),
+            self.task.evaluator(self.accelerator.device),
             self.accelerator,
             self._note_bad,
-            self.config.train.channels_last,
-            in_step=self.sharded,
+            channels_last=self.config.train.channels_last,
+            lockstep=self.sharded,
         )
 
     def _gather_bad_files(self) -> None:
-        """Tells every process, and through the main one the user, of the unreadable files that the others met."""
+        """Reports to every process, and through the main one to the user, the unreadable files that the others met."""
         if self.accelerator.num_processes > 1:
             self._note_bad(gather_object(list(self.state.bad_files.items())))
 
@@ -407,9 +400,26 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _save_checkpoint(self) -> None:
-        self.state.sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        self.state.sums = {
+            name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())
+        }
         self.state.seconds = self._seconds()
         save_checkpoint(self.folder, self.accelerator, self.ema, self.state, self.config.train.keep_checkpoints)
 
-    def _draw(self) -> None:
-        write_figures(self.folder, self.state.history, np.array(self.state.best["confusion"]), self.feed.class_names)
+
+def _shown(task: Task, name: str, value: float, digits: int | None = None) -> str:
+    """A named value for people, e.g. "top-1 87.95 %"."""
+    metric = task.metrics.get(name, Metric(name.replace("_", " "), digits=3))
+    return f"{metric.title} {metric.show(value, digits)}"
+
+
+def _epoch_line(task: Task, row: dict[str, Any], epochs: int, is_best: bool) -> str:
+    trained = [
+        _shown(task, name.removeprefix("train_"), value, digits=1)
+        for name, value in row.items()
+        if name.startswith("train_") and name != "train_loss"
+    ]
+    validated = [_shown(task, name, row[name]) for name in task.metrics]
+    training = ", ".join([f"train loss {row['train_loss']:.3f}", *trained])
+    validation = ", ".join([f"validation loss {row['val_loss']:.3f}", *validated])
+    return f"epoch {row['epoch']:3d}/{epochs}: {training} | {validation}{' (best so far)' if is_best else ''}"

@@ -1,4 +1,4 @@
-"""What keeps a run from ending badly: SIGTERM, loaders that die, losses that are not finite, and data that leaks between splits."""
+"""Safeguards against failed runs: SIGTERM, dead loader workers, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,13 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..data.loader import Batch
-from ..data.splits import FilePaths, Source, StreamSource
-from ..errors import UserError
-
-_HEAD = 4096  # bytes that are compared before whole files are
-DUPLICATES_UP_TO = 50_000  # files that are looked at without being asked to
+from ..data import Batch
+from ..errors import UserError, one_line
 
 
 class SigtermWatch:
@@ -61,78 +56,42 @@ def watched_loader(batches: Any) -> Iterator[Batch]:
         except StopIteration:
             return
         except RuntimeError as error:
-            text = " ".join(str(error).split())
+            text = one_line(error, 120)
             if "DataLoader worker" not in text:
                 raise
             raise UserError(
-                f"a loader worker died ({text[:120]}): most often memory ran out, then lower data.num_workers or train.batch_size"
+                f"a loader worker died ({text}), usually out of memory: reduce data.num_workers or train.batch_size"
             ) from error
         yield batch
 
 
-class BufferKeeper:
-    """Copies of a model's floating-point buffers (BatchNorm's statistics), to take back what a bad step did to them."""
+class BufferSnapshot:
+    """Copies of a model's floating-point buffers (BatchNorm's statistics), to undo a bad step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.copies = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
-    def keep(self) -> None:
+    def take(self) -> None:
         if self.buffers:
             torch._foreach_copy_(self.copies, self.buffers)
 
     @torch.no_grad()
-    def take_back(self) -> None:
+    def restore(self) -> None:
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
 
 
 def save_batches(folder: Path, step: int, process: int, batches: Sequence[Batch]) -> Path:
-    """Writes the images, targets and indices of a step's micro-batches beside the run, to be looked at."""
+    """Writes the images, targets and indices of a step's micro-batches into the run folder, for inspection."""
     path = folder / f"bad_step_{step:08d}_process_{process}.safetensors"
     tensors: dict[str, Tensor] = {}
     for micro, batch in enumerate(batches):
-        for key in ("image", "target", "index"):
-            tensors[f"{key}.{micro}"] = batch[key].detach().contiguous().cpu()
+        parts = {"image": batch.image, "target": batch.target, "index": batch.index}
+        for key, value in parts.items():
+            for place, leaf in enumerate(tree_leaves(value)):  # targets of some tasks have several tensors
+                name = f"{key}.{micro}" if isinstance(value, Tensor) else f"{key}.{place}.{micro}"
+                tensors[name] = leaf.detach().contiguous().cpu()
     save_file(tensors, path, metadata={"step": json.dumps(step)})
     return path
-
-
-def duplicates(train: Source, val: Source) -> list[tuple[str, str]]:
-    """(validation file, training file) pairs of the same content, the first partner of each; sources that are no folders have none.
-
-    Files are compared by size, then by their first 4 KiB, then as a whole, so that most are never read.
-    """
-    if isinstance(train, StreamSource) or isinstance(val, StreamSource):
-        return []
-    if not (isinstance(train.data, FilePaths) and isinstance(val.data, FilePaths)):
-        return []
-    names = [[source.name(index) for index in range(len(source))] for source in (train, val)]
-    groups = [(names[0], names[1])]
-    for key in (os.path.getsize, _head, _whole):
-        groups = [part for group in groups for part in _matching(*group, key)]
-    return sorted((path, sorted(training)[0]) for training, validation in groups for path in validation)
-
-
-def _matching(train: list[str], val: list[str], key: Any) -> Iterator[tuple[list[str], list[str]]]:
-    """Splits files into groups of equal keys that have members on both sides."""
-    sides: list[defaultdict[Any, list[str]]] = [defaultdict(list), defaultdict(list)]
-    for side, paths in zip(sides, (train, val), strict=True):
-        for path in paths:
-            try:
-                side[key(path)].append(path)
-            except OSError:
-                continue  # unreadable files are reported where they are decoded
-    for found in sides[0].keys() & sides[1].keys():
-        yield sides[0][found], sides[1][found]
-
-
-def _head(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(_HEAD)
-
-
-def _whole(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return blake2b(file.read(), digest_size=16).digest()

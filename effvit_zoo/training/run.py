@@ -1,14 +1,14 @@
-"""A whole training run: model, data, task and engine put together from a config, into a run folder."""
+"""A whole training run: model, data, task and engine assembled from a config, into a run folder."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -16,25 +16,18 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from .. import config as strict
-from .. import hub
-from ..data.feed import Feed, PlannedFeed, make_feed
-from ..data.images import MODES
-from ..data.loader import seed_everything
-from ..data.splits import StreamSource, open_splits
-from ..errors import UserError
+from .. import hub, run_folder
+from ..data import DUPLICATES_UP_TO, MODES, Feed, StreamSource, duplicates, make_feed, seed_everything
+from ..errors import UserError, one_line
 from ..measure import cost
-from ..report.run_page import write_atomically, write_report, write_summary
-from ..tasks._card import classification_card
-from ..tasks.classification import Classification, Task, balanced_weights
-from ..tasks.distillation import Distillation, load_teacher
+from ..report.run_page import write_report, write_summary
+from ..tasks import TASKS, Distillation, Objective, Task, card_facts
+from ..tasks.distillation import load_teacher
+from ._processes import process_state
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config
 from .engine import FitResult, fit
-from .guards import DUPLICATES_UP_TO, duplicates
-from .launch import process_state
 
-CONFIG_FILE = "config.yaml"
-RUN_FILES = (CONFIG_FILE, "summary.json", "metrics.csv", "best", "last", "checkpoints")
 HARMLESS_CHANGES = (
     "data.num_workers",
     "data.check_duplicates",
@@ -46,7 +39,18 @@ HARMLESS_CHANGES = (
     "hub.push_best",
     "hub.push_every_best",
 )
-UNEQUAL = 2  # largest over smallest class, from which on it's worth a line
+
+Adapt = Callable[[Task, Objective, nn.Module], Objective]
+"""What a stage of a pipeline makes of a run's task, objective and model: freezes, another trainable module, another loss."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data, task and model of a run."""
+
+    feed: Feed
+    task: Task
+    model: nn.Module
 
 
 def train(
@@ -55,65 +59,81 @@ def train(
     output: str | Path | None = None,
     resume: str | None = None,
     allow_change: Sequence[str] = (),
-    adapt: Callable[[Task], Task] | None = None,
+    adapt: Adapt | None = None,
 ) -> Path:
     """Trains what a config says and returns the run folder.
 
     Args:
         config_path: YAML of a run; may be left out when `resume` names a run folder, which has its own.
-        overrides: `section.key=value` settings that go before the file's.
+        overrides: `section.key=value` settings that override the file's.
         output: Run folder. None: `runs/NAME-OF-CONFIG`, numbered when that is taken.
-        resume: None starts anew; "auto" goes on in the run folder where there is something to go on from; a run folder goes on there.
-        allow_change: Config keys that may differ from what the resumed run was started with.
-        adapt: What a stage of a pipeline makes of the config's task before it is trained: freezes, another loss.
+        resume: None starts anew; "auto" resumes in the run folder if it holds a run; a run folder resumes there.
+        allow_change: Config keys that may differ from those the resumed run was started with.
+        adapt: Makes the objective of a pipeline's stage.
 
     Raises:
         UserError: For bad input of any kind; what is on disk stays as it was.
     """
     folder, asked, checkpoint = _plan(config_path, overrides, output, resume, allow_change)
     accelerator = _make_accelerator(asked, folder)
-    config = asked.shared_by(accelerator.num_processes)
+    config = asked.resolve_for_processes(accelerator.num_processes)
     torch.use_deterministic_algorithms(config.train.deterministic)
     seed_everything(config.train.seed)
-    feed, classification = prepare(config, accelerator.num_processes)
-    task: Task = classification
-    if config.distill.teacher is not None:
-        teacher = load_teacher(config.distill, feed.data_config, feed.class_names, config.train.precision)
-        task = Distillation(classification, teacher, config.distill)
-    if adapt is not None:
-        task = adapt(task)
+    run = prepare(config, accelerator.num_processes)
+    objective = _objective(run, config, adapt)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG_FILE, strict.dump(asked))
+        run_folder.write_text(folder / run_folder.CONFIG, strict.dump(asked))
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
-    accelerator.print(
-        f"{'resuming' if checkpoint else 'training'} {config.model.name} on {config.data.root}: {_size(feed, accelerator)} -> {folder}"
-    )
-    notes = start_notes(config) + data_notes(feed, config) if accelerator.is_main_process else []
+    verb = "resuming" if checkpoint else "training"
+    accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
+    notes = start_notes(config) + data_notes(run, config) if accelerator.is_main_process else []
     for note in notes:
         print(note)
-    result = fit(task, feed, config, accelerator, folder, checkpoint)
+    result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
     if accelerator.is_main_process:
-        summary = _summary(config, feed, result, accelerator)
-        write_summary(folder, summary)
-        write_report(folder, summary, result.state, feed, notes)
-        bad = f", {len(result.state.bad_files)} unreadable files skipped" if result.state.bad_files else ""
-        print(
-            f"top-1 {result.state.best_top1:.2f} % (epoch {result.state.best_epoch}) in {result.state.seconds:.0f} s{bad}"
-        )
-        print(f'model: timm.create_model("local-dir:{folder / "best"}", pretrained=True) after import effvit_zoo')
-        print(f"report: {folder / 'report.html'}")
-        if config.hub.push is not None:
-            pushed = folder / ("best" if config.hub.push_best else "last")
-            print(f"uploaded: {hub.push(pushed, config.hub.push, classification_card)}")
+        _conclude(run, config, result, accelerator, folder, notes)
     return folder
+
+
+def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objective:
+    objective: Objective = run.task
+    if config.distill.teacher is not None:
+        labels = run.task.label_names or ()
+        teacher = load_teacher(config.distill, run.feed.data_config, labels, config.train.precision)
+        objective = Distillation(run.task, teacher, config.distill)
+    return objective if adapt is None else adapt(run.task, objective, run.model)
+
+
+def _conclude(
+    run: Prepared, config: RunConfig, result: FitResult, accelerator: Accelerator, folder: Path, notes: Sequence[str]
+) -> None:
+    """Summary, report and the lines that end a run."""
+    state = result.state
+    summary = _summary(run, config, result, accelerator)
+    write_summary(folder, summary)
+    sections = run.task.sections(state.best["details"], run.feed.val_image, folder)
+    name, metric = next(iter(run.task.metrics.items()))
+    best = f"{metric.title} {metric.show(state.best['metrics'][name])}"
+    all_notes = [*notes, *(f"unreadable: {file}: {reason}" for file, reason in sorted(state.bad_files.items()))]
+    if state.skipped_steps:
+        all_notes.append(f"{state.skipped_steps} steps were skipped because their loss was not finite")
+    headline = f"{best} on the validation images, at epoch {state.best_epoch}"
+    write_report(folder, summary, headline, sections, all_notes)
+    bad = f", {len(state.bad_files)} unreadable files skipped" if state.bad_files else ""
+    print(f"{best} (epoch {state.best_epoch}) in {state.seconds:.0f} s{bad}")
+    saved = folder / run_folder.BEST
+    print(f'model: timm.create_model("local-dir:{saved}", pretrained=True) after import effvit_zoo')
+    print(f"report: {folder / run_folder.REPORT}")
+    if config.hub.push is not None:
+        model_folder = folder / (run_folder.BEST if config.hub.push_best else run_folder.LAST)
+        print(f"uploaded: {hub.push(model_folder, config.hub.push, card_facts)}")
 
 
 def _plan(
@@ -123,49 +143,44 @@ def _plan(
     resume: str | None,
     allow_change: Sequence[str],
 ) -> tuple[Path, RunConfig, Path | None]:
-    """The run folder, its config, and the checkpoint to go on from, if any."""
+    """The run folder, its config, and the checkpoint to resume from, if any."""
     if resume not in (None, "auto"):
         folder, checkpoint = _resumed(Path(resume))
         if output is not None and Path(output).resolve() != folder.resolve():
-            raise UserError(f"--resume {resume} goes on in {folder}, but --output says {output}: leave --output out")
+            raise UserError(f"--resume {resume} continues in {folder}, but --output says {output}: leave --output out")
         return folder, _resumed_config(folder, config_path, overrides, allow_change), checkpoint
     if config_path is None:
         raise UserError("no config given: expected the path of a YAML file")
     config = load_config(config_path, overrides)
     folder = Path(output) if output is not None else Path("runs") / Path(config_path).stem
-    if resume == "auto" and (folder / CONFIG_FILE).is_file():
+    if resume == "auto" and (folder / run_folder.CONFIG).is_file():
         return folder, _resumed_config(folder, config_path, overrides, allow_change), find_checkpoint(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file, expected a folder or nothing")
-    if _is_taken(folder):
+    if run_folder.is_taken(folder):
         if output is not None:
-            raise UserError(f"{folder} already holds a run: go on with it by --resume auto, or name another --output")
-        folder = next(
-            path for number in range(2, 10**6) if not _is_taken(path := folder.with_name(f"{folder.name}-{number}"))
-        )
+            raise UserError(f"{folder} already holds a run: resume it with --resume auto, or name another --output")
+        numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
+        folder = next(path for path in numbered if not run_folder.is_taken(path))
     return folder, config, None
-
-
-def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in RUN_FILES)
 
 
 def _resumed(path: Path) -> tuple[Path, Path | None]:
     """Run folder and checkpoint for a path to either."""
-    if (path / CONFIG_FILE).is_file():
+    if (path / run_folder.CONFIG).is_file():
         return path, find_checkpoint(path)
-    if (path / "state.json").is_file() and (path.parent.parent / CONFIG_FILE).is_file():
+    if (path / run_folder.STATE).is_file() and (path.parent.parent / run_folder.CONFIG).is_file():
         return path.parent.parent, path
-    reason = f"it has no {CONFIG_FILE}" if path.is_dir() else "there is no such folder"
+    reason = f"it has no {run_folder.CONFIG}" if path.is_dir() else "there is no such folder"
     raise UserError(f"--resume {path} is not a run folder: {reason}")
 
 
 def _resumed_config(
     folder: Path, config_path: str | Path | None, overrides: Sequence[str], allow_change: Sequence[str]
 ) -> RunConfig:
-    """The config to go on with; anything that would make another run of it has to be allowed by name."""
-    before = load_config(folder / CONFIG_FILE)
-    config = load_config(folder / CONFIG_FILE if config_path is None else config_path, overrides)
+    """The config to resume with; anything that would make it another run has to be allowed by name."""
+    before = load_config(folder / run_folder.CONFIG)
+    config = load_config(folder / run_folder.CONFIG if config_path is None else config_path, overrides)
     refused = [key for key in strict.changed_keys(before, config) if key not in (*HARMLESS_CHANGES, *allow_change)]
     if refused:
         raise UserError(
@@ -192,45 +207,54 @@ def _make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
         raise UserError(f"accelerate refuses these settings: {error}") from None
 
 
-def prepare(config: RunConfig, num_processes: int) -> tuple[Feed, Classification]:
-    """Data and task of a run."""
+def prepare(config: RunConfig, num_processes: int) -> Prepared:
+    """Data, task and model of a run. Raises `UserError`."""
     in_chans = config.model.kwargs.get("in_chans", 3)
     if in_chans not in MODES:
         raise UserError(f"model.kwargs.in_chans is {in_chans}, expected 3 (RGB) or 1 (grey)")
-    data = config.data
-    splits = open_splits(
-        data.root,
-        train_split=data.train_split,
-        val_split=data.val_split,
-        val_fraction=data.val_fraction,
-        seed=config.train.seed,
-        img_mode=MODES[in_chans],
+    kind, data, train, augment = TASKS[config.task.kind], config.data, config.train, config.augment
+    splits = kind.open_splits(data, MODES[in_chans])
+    task = kind.for_training(config.task, augment, splits)
+    model = build_model(config, task)
+    data_config = _data_config(config, model, in_chans)
+    for shape in (data_config["input_size"], *((in_chans, side, side) for side in augment.sizes)):
+        _try_size(model, shape, config.model.name)
+    feed = make_feed(
+        splits,
+        task.transforms(data_config),
+        data_config,
+        batch_size=train.batch_size,
+        num_processes=num_processes,
+        grad_accum=train.grad_accum,
+        seed=train.seed,
+        repeats=augment.repeats,
+        sizes=augment.sizes,
+        num_workers=data.num_workers,
     )
-    model = build_model(config, len(splits.class_names))
-    overrides = {"crop_pct": data.crop_pct} if data.crop_pct else {}
-    data_config = resolve_data_config(overrides, model=model)
+    return Prepared(feed, task, model)
+
+
+def _data_config(config: RunConfig, model: Any, in_chans: int) -> dict[str, Any]:
+    """timm's preprocessing settings for the model, with the run's size and crop."""
+    data = config.data
+    data_config: dict[str, Any] = resolve_data_config({"crop_pct": data.crop_pct} if data.crop_pct else {}, model=model)
     size = data.img_size or tuple(data_config["input_size"][1:])
     data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
-    for shape in (data_config["input_size"], *((in_chans, side, side) for side in config.augment.sizes)):
-        _try_size(model, shape, config.model.name)
     for key in ("mean", "std"):
         if len(data_config[key]) != in_chans:  # colour statistics for a network that sees grey
             data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
-    feed = make_feed(splits, config, data_config, num_processes)
-    weights = None
-    if config.train.class_weights:
-        if isinstance(splits.train, StreamSource):
-            raise UserError(f"train.class_weights: {data.root} is a stream, its classes aren't counted beforehand")
-        weights = balanced_weights(splits.train.targets, len(splits.class_names))
-    return feed, Classification.from_config(model, len(splits.class_names), config.train, config.augment, weights)
+    return data_config
 
 
-def build_model(config: RunConfig, num_classes: int | None) -> nn.Module:
-    """The config's model with a head for `num_classes` (None: its own number), made for `data.img_size`. Raises `UserError`."""
+def build_model(config: RunConfig, task: Task | None) -> nn.Module:
+    """The config's model with outputs for a task (None: its own), made for `data.img_size`. Raises `UserError`."""
     name, size = config.model.name, config.data.img_size
     pretrained = config.model.pretrained or hub.brings_weights(name)
-    classes = {} if num_classes is None else {"num_classes": num_classes}
-    model: Any = hub.load(name, pretrained=pretrained, **{**config.model.kwargs, **classes})
+    model: Any
+    if task is None:
+        model = hub.load(name, pretrained=pretrained, **config.model.kwargs)
+    else:
+        model = task.build(name, pretrained, config.model.kwargs)
     if size is not None:
         try:
             if hasattr(model, "set_input_size"):
@@ -246,21 +270,21 @@ def build_model(config: RunConfig, num_classes: int | None) -> nn.Module:
 
 
 def _try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
-    """Shows the model one black image, so that a size which it can't take is told before anything is written."""
+    """Runs the model on one black image, so that a size that it can't take is reported before anything is written."""
     was_training = model.training
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} can't take images of {' x '.join(map(str, size[1:]))} pixels: {text}") from error
+        shape = " x ".join(map(str, size[1:]))
+        raise UserError(f"{name} can't take images of {shape} pixels: {one_line(error)}") from error
     finally:
         model.train(was_training)
 
 
 def start_notes(config: RunConfig) -> list[str]:
-    """What doesn't go together with random weights to start from."""
+    """Settings that don't suit random initial weights."""
     meant_for_trained = {
         "optim.layer_decay": config.optim.layer_decay not in (None, 1.0),
         "train.freeze_epochs": config.train.freeze_epochs > 0,
@@ -268,29 +292,24 @@ def start_notes(config: RunConfig) -> list[str]:
     used = [key for key, is_used in meant_for_trained.items() if is_used]
     if not used or config.model.pretrained or hub.brings_weights(config.model.name):
         return []
-    return [
-        f"{config.model.name} starts from random weights, and {' and '.join(used)} hold its layers back: model.pretrained=true?"
-    ]
+    name, settings = config.model.name, " and ".join(used)
+    return [f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?"]
 
 
-def data_notes(feed: Feed, config: RunConfig) -> list[str]:
-    """What the user should know of the data before training on it: unequal classes, and files that are in both splits."""
-    if not isinstance(feed, PlannedFeed):
-        return []
-    notes = []
-    train, val = feed.train.source, feed.val.source
-    counts = np.bincount(train.targets, minlength=len(feed.class_names))
-    if counts.max() >= UNEQUAL * counts.min():
-        least, most = (f"{feed.class_names[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
-        advice = "weighted" if config.train.class_weights else "train.class_weights=true weighs them equally"
-        notes.append(f"classes are unequal: {most} training images, {least} ({advice})")
+def data_notes(run: Prepared, config: RunConfig) -> list[str]:
+    """What the user should know about the data before training: the task's notes, and files that are in both splits."""
+    train, val = run.feed.splits.train, run.feed.splits.val
+    notes = run.task.data_notes(run.feed.splits)
+    if isinstance(train, StreamSource) or isinstance(val, StreamSource):
+        return notes
     wanted = config.data.check_duplicates
     if wanted or (wanted is None and len(train) + len(val) <= DUPLICATES_UP_TO):
         pairs = duplicates(train, val)
         if pairs:
+            name, _ = next(iter(run.task.metrics.items()))
             notes.append(
                 f"warning: {len(pairs)} of {len(val)} validation files are training files too, "
-                f"e.g. {pairs[0][0]} is {pairs[0][1]}: top-1 will be too high"
+                f"e.g. {pairs[0][0]} is {pairs[0][1]}: {run.task.metrics[name].title} will be too good"
             )
     return notes
 
@@ -298,38 +317,36 @@ def data_notes(feed: Feed, config: RunConfig) -> list[str]:
 def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processes: int | None = None) -> dict[str, Any]:
     """What `train` would do with a config, without training: name -> value, in the order to read it in.
 
-    Data that isn't there is no error, so that a recipe can be looked at anywhere; the model then has its own number of classes.
+    Data that isn't there is no error, so that a recipe can be inspected anywhere; the model then has its own outputs.
 
     Args:
         config_path: YAML of a run.
         overrides: As for `train`.
-        num_processes: Processes to reckon with. None: those that this one was started with.
+        num_processes: Number of processes to plan for. None: those of this run.
 
     Raises:
         UserError: For bad input of any other kind.
     """
     processes = num_processes or process_state().num_processes
     asked = load_config(config_path, overrides)
-    config = asked.shared_by(processes)
+    config = asked.resolve_for_processes(processes)
     train, optim = config.train, config.optim
-    facts: dict[str, Any] = {"model": config.model.name}
-    feed: Feed | None = None
+    run: Prepared | None = None
     try:
-        feed, task = prepare(config, processes)
-        model = task.model
-        data = f"{config.data.root}: {len(feed.class_names)} classes, {_counts(feed)}"
+        run = prepare(config, processes)
+        data = f"{config.data.root}: {_scope(run)}{_counts(run.feed)}"
     except UserError as error:
         if _data_is_there(config):
             raise
-        model = build_model(config, None)
         data = f"{config.data.root}: not there ({error}), so the number of steps is not known"
-    steps = feed.steps_per_epoch if feed else None
-    images = train.batch_size * processes * train.grad_accum
-    return facts | {
+    model = run.model if run else build_model(config, None)
+    steps = run.feed.steps_per_epoch if run else None
+    return {
+        "model": config.model.name,
         "params": cost.count_params(model),
-        "input_size": list(feed.data_config["input_size"]) if feed else config.data.img_size,
+        "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
-        "images_per_step": images,
+        "images_per_step": train.batch_size * processes * train.grad_accum,
         "batch": f"{train.batch_size} per process x {processes} processes x {train.grad_accum} accumulated",
         "optimizer": optim.name,
         "lr": optim.lr,
@@ -346,13 +363,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
 
 def _data_is_there(config: RunConfig) -> bool:
     try:
-        open_splits(
-            config.data.root,
-            train_split=config.data.train_split,
-            val_split=config.data.val_split,
-            val_fraction=config.data.val_fraction,
-            seed=config.train.seed,
-        )
+        TASKS[config.task.kind].open_splits(config.data, "RGB")
     except UserError:
         return False
     return True
@@ -371,11 +382,13 @@ def _tracker_config(config: RunConfig) -> dict[str, Any]:
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in flat.items()}
 
 
-def _size(feed: Feed, accelerator: Accelerator) -> str:
-    return (
-        f"{len(feed.class_names)} classes, {_counts(feed)}, "
-        f"{feed.steps_per_epoch} steps per epoch on {accelerator.num_processes} x {accelerator.device.type}"
-    )
+def _size(run: Prepared, accelerator: Accelerator) -> str:
+    where = f"{accelerator.num_processes} x {accelerator.device.type}"
+    return f"{_scope(run)}{_counts(run.feed)}, {run.feed.steps_per_epoch} steps per epoch on {where}"
+
+
+def _scope(run: Prepared) -> str:
+    return f"{run.task.scope}, " if run.task.scope else ""
 
 
 def _counts(feed: Feed) -> str:
@@ -383,19 +396,22 @@ def _counts(feed: Feed) -> str:
     return f"{counts['train_images']} training and {counts['val_images'] or '?'} validation images"
 
 
-def _summary(config: RunConfig, feed: Feed, result: FitResult, accelerator: Accelerator) -> dict[str, Any]:
-    state = result.state
+def _summary(run: Prepared, config: RunConfig, result: FitResult, accelerator: Accelerator) -> dict[str, Any]:
+    state, input_size = result.state, run.feed.data_config["input_size"]
+    metrics = dict(state.best["metrics"])
+    loss = metrics.pop("loss")
+    on_gpu = accelerator.device.type == "cuda"
     return {
         "model": config.model.name,
+        "task": config.task.kind,
         "data": config.data.root,
-        "num_classes": len(feed.class_names),
-        **feed.describe(),
+        **run.task.facts(),
+        **run.feed.describe(),
         "bad_files": len(state.bad_files),
         "bad_file_names": sorted(state.bad_files),
-        "input_size": list(feed.data_config["input_size"]),
-        "top1": state.best_top1,
-        "top5": state.best["top5"],
-        "val_loss": state.best["loss"],
+        "input_size": list(input_size),
+        **metrics,
+        "val_loss": loss,
         "best_epoch": state.best_epoch,
         "epochs": config.train.epochs,
         "epochs_run": len(state.history),
@@ -404,11 +420,9 @@ def _summary(config: RunConfig, feed: Feed, result: FitResult, accelerator: Acce
         "images_per_second": result.images_per_second,
         "seconds": state.seconds,
         "params": cost.count_params(result.model),
-        "macs": cost.count_macs(result.model, feed.data_config["input_size"]),
+        "macs": cost.count_macs(result.model, input_size),
         "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name(accelerator.device)
-        if accelerator.device.type == "cuda"
-        else accelerator.device.type,
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
         "threads": torch.get_num_threads(),
         "seed": config.train.seed,
     }

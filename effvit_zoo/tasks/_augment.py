@@ -1,0 +1,74 @@
+"""Augmentation of single images by timm's transforms, for tasks whose target doesn't change with the image."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from timm.data import create_transform
+
+from ..config import section
+from ..data import Transforms, image_only, validation_transform
+from .contract import Augment
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+@section
+class ImageAugment(Augment):
+    """Settings of timm's training transform."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop as a share of the image: smallest and largest."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratio of the random crop: smallest and largest."""
+    hflip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    vflip: Probability = 0.0
+    """Probability of a vertical flip."""
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of random brightness, contrast and saturation."""
+    auto_augment: str | None = None
+    """timm's policy string, e.g. rand-m9-mstd0.5-inc1; None for none."""
+    random_erasing: Probability = 0.0
+    """Probability of erasing a rectangle."""
+    erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """Content of the erased rectangle: zeros, one random colour, or random pixels."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale: got {list(self.scale)}, expected 0 < low <= high <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio: got {list(self.ratio)}, expected 0 < low <= high")
+
+
+def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> Transforms:
+    """Training and validation transforms of images whose targets stay as they are.
+
+    Args:
+        augment: Settings of the training transform, and the side lengths of multi-scale training.
+        data_config: timm's preprocessing settings.
+    """
+    make = functools.partial(
+        create_transform,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        re_prob=augment.random_erasing,
+        re_mode=augment.erasing_mode,
+    )
+    channels = data_config["input_size"][0]
+    return Transforms(
+        train=image_only(make(input_size=data_config["input_size"])),
+        val=image_only(validation_transform(data_config)),
+        sized={size: image_only(make(input_size=(channels, size, size))) for size in augment.sizes},
+    )

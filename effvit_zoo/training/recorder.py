@@ -1,0 +1,86 @@
+"""What a run leaves behind after every epoch: model folders, metrics, figures, and uploads where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from .. import hub, run_folder
+from ..data import Feed
+from ..errors import UserError
+from ..tasks import Evaluation, Task, card_facts
+from ..viz.curves import curves
+from .config import RunConfig
+
+DRAW_AFTER = 30.0  # seconds of an epoch from which on figures are drawn after each epoch, not only at the end
+
+
+class Recorder:
+    """Writes into a run folder; used by the main process only.
+
+    Args:
+        task: Labels and metrics.
+        feed: Preprocessing and the record of the data.
+        config: The run's config.
+        folder: The run folder.
+    """
+
+    def __init__(self, task: Task, feed: Feed, config: RunConfig, folder: Path) -> None:
+        self.task, self.feed, self.config, self.folder = task, feed, config, folder
+
+    def record(
+        self,
+        model: nn.Module,
+        history: Sequence[dict[str, Any]],
+        result: Evaluation,
+        is_best: bool,
+        train_seconds: float,
+    ) -> None:
+        """Saves the model as `last/`, and as `best/` if it is; writes metrics.csv; draws and uploads where wanted.
+
+        Args:
+            model: The validated model.
+            history: A row per epoch, the last one included.
+            result: Evaluation of the last epoch.
+            is_best: It improves on all before it.
+            train_seconds: Time that training the epoch took.
+        """
+        for name in (run_folder.BEST, run_folder.LAST) if is_best else (run_folder.LAST,):
+            hub.save(
+                model,
+                self.folder / name,
+                label_names=self.task.label_names,
+                data_config=self.feed.data_config,
+                extra={
+                    "task": self.config.task.kind,
+                    **{key: value for key, value in result.metrics.items() if key != "loss"},
+                    "epoch": history[-1]["epoch"],
+                    "data": self.feed.splits.record,
+                },
+            )
+        run_folder.write_text(self.folder / run_folder.METRICS, run_folder.as_csv(history))
+        if train_seconds > DRAW_AFTER:
+            self.draw(history)
+        push = self.config.hub.push
+        if is_best and push is not None and self.config.hub.push_every_best:
+            try:
+                tqdm.write(f"uploaded: {hub.push(self.folder / run_folder.BEST, push, card_facts)}")
+            except UserError as error:
+                tqdm.write(f"not uploaded, training continues: {error}")
+
+    def draw(self, history: Sequence[dict[str, Any]]) -> None:
+        """curves.png: the loss, and a panel for every metric that was measured."""
+        panels = [
+            (
+                f"{metric.title}{f', {metric.unit}' if metric.unit else ''}",
+                f"train_{name}",
+                name,
+                metric.higher_is_better,
+            )
+            for name, metric in list(self.task.metrics.items())[:1]
+        ]
+        curves(history, self.folder / run_folder.CURVES, panels)
