@@ -11,15 +11,15 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import environment, push
+from hub_server import environment
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from effvit_zoo import hub
+from effvit_zoo import hub, push
 from effvit_zoo.cli import main
 from effvit_zoo.evaluation.prediction import predict
 from effvit_zoo.hub import card
-from effvit_zoo.tasks._card import classification_card
+from effvit_zoo.tasks import card_facts
 
 NAME = "ada/birds"
 
@@ -67,7 +67,7 @@ def made(folder, records=None, **options):
     """The card of a folder with some records beside its config."""
     files = {"config.json": (folder / "config.json").read_bytes()}
     files |= {f"training/{name}": text.encode() for name, text in (records or {}).items()}
-    return card.make(files, NAME, classification_card(json.loads(files["config.json"])), **options)
+    return card.make(files, NAME, card_facts(json.loads(files["config.json"])), **options)
 
 
 def pushed_card(the_hub, name=NAME):
@@ -210,7 +210,7 @@ def script_in(text):
 def lines_of(folder, photo):
     """What the script should print."""
     [expected] = predict(hub.load(folder), [photo])
-    return [f"{100 * p:.1f} %  {name}" for p, name in zip(expected.probabilities, expected.labels, strict=True)]
+    return [f"{100 * row['probability']:.1f} %  {row['label']}" for row in expected.rows]
 
 
 def test_the_usage_block_runs_as_a_script_and_predicts(the_hub, run, tmp_path):

@@ -82,6 +82,7 @@ def test_timm_loads_what_save_writes_bit_for_bit(tmp_path, name, kwargs, memory_
     assert loaded.pretrained_cfg["crop_pct"] == 0.77
     assert hub.label_names(loaded) == tuple(labels)
     assert hub.read_config(written)["effvit_zoo"] == {"top1": 12.5}
+    assert hub.load(written).effvit_zoo_record == {"top1": 12.5}
 
 
 def test_labels_and_preprocessing_survive_a_second_save(folder, tmp_path):

@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import EXPIRED_TOKEN, READ_TOKEN, TOKEN, environment, git_hash, push, sha256, use
+from hub_server import EXPIRED_TOKEN, READ_TOKEN, TOKEN, environment, git_hash, sha256, use
 from huggingface_hub import HfApi
 from safetensors.torch import load, save, save_file
 
 import effvit_zoo
-from effvit_zoo import hub
+from effvit_zoo import hub, push
 from effvit_zoo.cli import main
 from effvit_zoo.errors import UserError
 from effvit_zoo.hub import card, publish
@@ -735,12 +735,13 @@ def test_no_token_is_ever_written(the_hub, trained, tmp_path, capfd, caplog, mon
 
 def test_fine_tuning_from_the_hub(the_hub, trained, tmp_path):
     """train.py starts from a pushed model as from any other, with a head for its own classes."""
+    from effvit_zoo.tasks import Classification
     from effvit_zoo.training.config import load_config
     from effvit_zoo.training.run import build_model
 
     push(trained, NAME)
     (tmp_path / "c.yaml").write_text(f"model: {{name: 'hf-hub:{NAME}'}}\n")
-    model = build_model(load_config(tmp_path / "c.yaml"), num_classes=10)
+    model = build_model(load_config(tmp_path / "c.yaml"), Classification(10))
     source = hub.load(trained)
     assert model.num_classes == 10
     assert torch.equal(model.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..report.rows import add_format_arguments, print_rows, print_table
+
 HELP = "list the published weights, or check them on the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `effzoo weights`."""
-    from .cli import _add_format_arguments
-
     parser.add_argument(
         "action",
         choices=("list", "check"),
@@ -21,24 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pattern", nargs="?", metavar="PATTERN", help="part of a MODEL.TAG name, or a pattern with * and ?"
     )
-    _add_format_arguments(parser)
+    add_format_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Lists or checks. Raises `UserError`, after the table, if a check finds problems."""
     from ..hub import index
-    from .cli import _print_rows, _print_table
 
     check = args.action == "check"
     rows = list(index.check(args.pattern)) if check else index.published(args.pattern)
     if args.json or args.csv:
-        _print_rows(rows, args)
+        print_rows(rows, args.json, args.output)
     elif check:
         head = ["weights", "from", "MB", "SHA-256", "licence", "cached", "result"]
-        _print_table(head, [_checked_cells(row) for row in rows], right=(2,), output=args.output)
+        print_table(head, [_checked_cells(row) for row in rows], right=(2,), output=args.output)
     else:
         head = ["weights", "top-1, %", "measured by", "licence", "MB", "from"]
-        _print_table(head, [_listed_cells(row) for row in rows], right=(1, 4), output=args.output)
+        print_table(head, [_listed_cells(row) for row in rows], right=(1, 4), output=args.output)
     if check:
         index.require_sound(rows)
 

@@ -106,6 +106,9 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
     Raises:
         UserError: Unknown model, arguments it doesn't take, no weights, weights that are damaged or don't fit, a malformed
             config, or no network.
+
+    Returns:
+        The model. For folders and the Hub, its attribute `effvit_zoo_record` is what `save` was given as `extra`.
     """
     resolved = resolve_name(name)
     if pretrained is None:
@@ -129,7 +132,9 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
         rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
         _create(resolved, pretrained, rest, name, bool(unknown))
-    return _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model: Any = _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model.effvit_zoo_record = config.get(EXTRA_KEY) or {}
+    return model
 
 
 def resolve_name(name: str | Path) -> str:

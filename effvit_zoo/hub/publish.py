@@ -18,11 +18,10 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
 
 from .. import run_folder
-from ..config import read_yaml
+from ..config import dump_yaml, plain, read_yaml
 from ..errors import UserError
 from ..run_folder import CARD, CONFIG, MODEL_CONFIG, RECORDS, WEIGHTS
 from . import card, client
@@ -103,10 +102,7 @@ def push(
     except _Unclear:
         raise
     except UserError as error:
-        outcome = place.outcome
-        if outcome is _Outcome.UNKNOWN and isinstance(error.__cause__, errors.HfHubHTTPError):
-            outcome = _Outcome.NOT_CREATED
-        raise UserError(f"{error}; the repository {outcome.value.format(branch=revision)}") from error
+        raise UserError(f"{error}; the repository {place.outcome_after(error)}") from error
 
 
 def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
@@ -199,6 +195,11 @@ class _Place:
                 self.outcome = _Outcome.CREATED_WITH_BRANCH if created else _Outcome.NEW_BRANCH
                 info = self.api.model_info(self.repo_id, revision=self.revision)
         self.commit, self.present = info.sha, frozenset(file.rfilename for file in info.siblings or ())
+
+    def outcome_after(self, error: UserError) -> str:
+        """What the repository is after an error. An answer of the Hub, even a refusal, leaves no doubt about its creation."""
+        refused = self.outcome is _Outcome.UNKNOWN and isinstance(error.__cause__, errors.HfHubHTTPError)
+        return (_Outcome.NOT_CREATED if refused else self.outcome).value.format(branch=self.revision)
 
     def previous_card(self) -> str:
         """The text of the card that is there, "" for none."""
@@ -311,9 +312,9 @@ def _contents(
 
 def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
     """Name and public content of each record in a folder. `model` is "best" or "last": of the other one nothing is published."""
-    run = _public(read_yaml(folder / CONFIG))
+    run = _public(plain(read_yaml(folder / CONFIG)))
     run.pop("hub", None)  # where its author uploaded to
-    yield CONFIG, yaml.safe_dump(run, sort_keys=False, allow_unicode=True).encode()
+    yield CONFIG, dump_yaml(run).encode()
     other = {run_folder.BEST: run_folder.LAST, run_folder.LAST: run_folder.BEST}.get(model or "")
     for name in (run_folder.SUMMARY, run_folder.VALIDATION):
         if (folder / name).is_file():
