@@ -14,6 +14,7 @@ import yaml
 from hub_server import environment
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import make_photos
 
 from effvit_zoo import hub, push
 from effvit_zoo.cli import main
@@ -251,3 +252,21 @@ def test_the_command_in_the_card_runs(the_hub, run, tmp_path, capsys, monkeypatc
     command = re.search(r"`effzoo (predict [^`]+)`", pushed_card(the_hub)).group(1)
     assert main(command.split()) == 0
     assert "jay" in capsys.readouterr().out
+
+
+def test_the_training_command_in_the_card_runs(the_hub, run, tmp_path, monkeypatch):
+    """What a reader types: pull, then train with the recorded settings on a folder of their own."""
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"processes": 1}))
+    push(run, NAME)
+    make_photos(tmp_path / "photos", {"train": {"blue": 8, "red": 8}, "val": {"blue": 2, "red": 2}})
+    monkeypatch.chdir(tmp_path)
+    pull, train = re.search(
+        r"```bash\n(effzoo pull .*) && cd birds\n(effzoo train .*)\n", pushed_card(the_hub)
+    ).groups()
+    assert main(pull.split()[1:]) == 0
+    monkeypatch.chdir("birds")
+    arguments = train.replace("FOLDER", "../photos").split()[1:]
+    shorter = ["train.epochs=1", "train.trackers=[]", "train.batch_size=8", "data.num_workers=0"]
+    assert main([*arguments, *shorter, "--output", "run"]) == 0
+    assert json.loads((tmp_path / "birds/run/summary.json").read_text())["val_images"] == 4
