@@ -89,7 +89,7 @@ VALIDATING = {
     "no exported file there": (["--model", "{out}/none.onnx"], "there is no file"),
     "damaged exported file": (["--model", "{cut.onnx}", "--like", "{two}"], "cannot open"),
     "exported file without its config": (["--model", "{cut.onnx}"], "no preprocessing config found for"),
-    "model without a classifier": (["--model", "{headless}"], "has no classifier to measure"),
+    "model without a classifier": (["--model", "{headless}"], "has no classifier to predict with"),
 }  # fmt: skip
 
 
