@@ -31,7 +31,9 @@ class Brightness:
 
 @pytest.fixture
 def brightness(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "brightness", type("BrightnessTask", (), {"Config": Brightness, "Augment": Augment}))
+    monkeypatch.setitem(
+        tasks.TASKS, "brightness", type("BrightnessTask", (), {"Config": Brightness, "Augment": Augment})
+    )
 
 
 @pytest.fixture
