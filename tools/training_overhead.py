@@ -57,7 +57,7 @@ def bare_rate(config: RunConfig, steps: int) -> tuple[float, float]:
     """Images per second, and per second of processor time, of a loop that does nothing but train."""
     keep_freed_memory()
     prepared: Any = prepare(config, 1)
-    dataset = Bare(prepared.feed.splits.train, prepared.feed.train.transform)
+    dataset = Bare(prepared.feed.splits.train, prepared.feed.transforms.train)
     model = prepared.model.train()
     optimizer = make_optimizer(model, config.optim)
     workers = config.data.num_workers or 0
