@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import timm
 from torch import nn
 
+from . import hub as hub
 from . import models as models
 from .export.optimize import optimize_for_inference as optimize_for_inference
+from .hub import pull as pull
 from .models import swap_attention as swap_attention
 from .models import to_dense as to_dense
 from .models import to_tosa as to_tosa
@@ -19,6 +22,8 @@ __all__ = [
     "create_model",
     "list_models",
     "optimize_for_inference",
+    "pull",
+    "push",
     "swap_attention",
     "to_dense",
     "to_tosa",
@@ -26,10 +31,30 @@ __all__ = [
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` with this package's models known: a model name, `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
+    """`timm.create_model` with this package's models registered: a model name, `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
     return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def list_models(filter: str = "effzoo_*", pretrained: bool = False) -> list[str]:
     """Names of this package's models that match a wildcard; with `pretrained`, the `model.tag` names that have weights."""
     return [n for n in timm.list_models(filter, pretrained=pretrained) if n.startswith("effzoo_")]
+
+
+def push(folder: str | Path, repo_id: str, **options: Any) -> str:
+    """Publishes a model folder, or the `best/` of a run folder, on the Hub with a card, as one commit.
+
+    Args:
+        folder: The folder; it isn't changed. What its run recorded is uploaded to `training/`.
+        repo_id: USER/NAME; created where it doesn't exist.
+        options: private, revision, license and message, as in `effvit_zoo.hub.push`.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: The folder is not a loadable model in its training form, holds a token, or the Hub refuses; the message says
+            what is on the Hub afterwards.
+    """
+    from .tasks import card_facts
+
+    return hub.push(folder, repo_id, card_facts, **options)

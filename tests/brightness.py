@@ -63,15 +63,15 @@ class Brightness(Task):
         return type(measured)(**{**vars(measured), "source": Labelled(measured.source)})
 
     @classmethod
-    def for_training(cls, config, splits):
+    def for_training(cls, config, augment, splits):
         return cls(config)
 
     @classmethod
     def for_model(cls, model: nn.Module):
         return cls()
 
-    def transforms(self, data_config, sizes=()):
-        return image_transforms(ImageAugment(scale=(1, 1), ratio=(1, 1)), data_config, sizes)
+    def transforms(self, data_config):
+        return image_transforms(ImageAugment(scale=(1, 1), ratio=(1, 1)), data_config)
 
     def build(self, name, pretrained, kwargs):
         return hub.load(name, pretrained=pretrained, **{**kwargs, "num_classes": 1})

@@ -18,7 +18,7 @@ from effvit_zoo import hub
 from effvit_zoo.data import Batch
 from effvit_zoo.errors import UserError
 from effvit_zoo.tasks import Classification, Distillation, DistillConfig
-from effvit_zoo.tasks.classification import ClassificationAugment, ClassificationConfig
+from effvit_zoo.tasks.classification import ClassificationAugment
 from effvit_zoo.tasks.distillation import Teacher, distillation_loss
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
@@ -133,7 +133,7 @@ def test_shares_of_labels_and_teacher(kind):
 def test_mixed_images_are_what_the_teacher_sees():
     model = Recorder()
     student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
-    mixed = Classification(3, ClassificationConfig(augment=ClassificationAugment(mixup=1.0)))
+    mixed = Classification(3, augment=ClassificationAugment(mixup=1.0))
     task = Distillation(mixed, Teacher(model, CONFIG, ("a", "b", "c")), DistillConfig())
     seen = []
     student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

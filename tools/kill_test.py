@@ -33,8 +33,8 @@ SETTINGS = [
     "optim.warmup_epochs=0.5",
     "train.checkpoint_steps=4",
     "train.ema_decay=0.99",
-    "task.augment.mixup=0.2",
-    "task.augment.auto_augment=rand-m5-n1",
+    "augment.mixup=0.2",
+    "augment.auto_augment=rand-m5-n1",
     "train.trackers=[]",
 ]
 

@@ -18,7 +18,6 @@ from ..data import (
     StreamSource,
     record_of,
     validation_batches,
-    validation_transform,
     worker_count,
 )
 from ..errors import UserError, one_line

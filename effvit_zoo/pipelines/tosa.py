@@ -16,7 +16,7 @@ selectors), and summary.json.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,6 +57,8 @@ class StageConfig:
     """Length, batches and precision."""
     task: dict[str, Any] = Field(default_factory=dict)
     """Settings of the task that override the pipeline's."""
+    augment: dict[str, Any] = Field(default_factory=dict)
+    """Augmentation settings that override the pipeline's."""
 
 
 @section
@@ -95,6 +97,8 @@ class ToSAConfig:
     """Data of all stages."""
     task: dict[str, Any] = Field(default_factory=dict)
     """Task of all stages, as in the config of a run."""
+    augment: dict[str, Any] = Field(default_factory=dict)
+    """Augmentation of all stages, as in the config of a run."""
     selector: SelectorConfig = Field(default_factory=SelectorConfig)
     """Shape of the selectors."""
     attention_ratio: Ratio = 0.5
@@ -117,18 +121,13 @@ def _run_config(
         {
             "model": strict.as_dict(model),
             "data": strict.as_dict(config.data),
-            "task": _merged(config.task, stage.task),
+            "task": {**config.task, **stage.task},
+            "augment": {**config.augment, **stage.augment},
             "optim": strict.as_dict(stage.optim),
             "train": strict.as_dict(stage.train),
             "distill": strict.as_dict(distill or DistillConfig()),
         },
     )
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, those of `over` where both have them."""
-    both = {key: _merged(base[key], over[key]) for key in base.keys() & over.keys() if isinstance(over[key], Mapping)}
-    return {**base, **over, **both}
 
 
 def _dense(config: ToSAConfig, folder: Path) -> RunConfig | None:

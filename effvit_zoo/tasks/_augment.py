@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,12 +11,13 @@ from timm.data import create_transform
 
 from ..config import section
 from ..data import Transforms, image_only, validation_transform
+from .contract import Augment
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @section
-class ImageAugment:
+class ImageAugment(Augment):
     """Settings of timm's training transform."""
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -43,13 +44,12 @@ class ImageAugment:
             raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
 
 
-def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any], sizes: Sequence[int] = ()) -> Transforms:
+def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> Transforms:
     """Training and validation transforms of images whose targets stay as they are.
 
     Args:
-        augment: Settings of the training transform.
+        augment: Settings of the training transform, and the side lengths of multi-scale training.
         data_config: timm's preprocessing settings.
-        sizes: Side lengths of multi-scale training.
     """
     make = functools.partial(
         create_transform,
@@ -70,5 +70,5 @@ def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any], size
     return Transforms(
         train=image_only(make(input_size=data_config["input_size"])),
         val=image_only(validation_transform(data_config)),
-        sized={size: image_only(make(input_size=(channels, size, size))) for size in sizes},
+        sized={size: image_only(make(input_size=(channels, size, size))) for size in augment.sizes},
     )

@@ -69,8 +69,6 @@ class ClassificationConfig:
     """Cross entropy, or binary cross entropy per class (arXiv:2110.00476)."""
     class_weights: bool = False
     """Weight each image's loss by the inverse frequency of its class in the training images."""
-    augment: ClassificationAugment = Field(default_factory=ClassificationAugment)
-    """Augmentation of training images."""
 
 
 class Classification(Task):
@@ -78,13 +76,15 @@ class Classification(Task):
 
     Args:
         num_classes: Number of classes.
-        config: Loss and augmentation.
+        config: Loss.
+        augment: Augmentation.
         labels: Class names in the order of the logits, saved with the model; None where the model has none.
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
     """
 
     Config = ClassificationConfig
+    Augment = ClassificationAugment
     metrics = {"top1": Metric("top-1", "%"), "top5": Metric("top-5", "%")}  # noqa: RUF012
     logits_axis = 1
 
@@ -92,24 +92,25 @@ class Classification(Task):
         self,
         num_classes: int,
         config: ClassificationConfig | None = None,
+        augment: ClassificationAugment | None = None,
         *,
         labels: Sequence[str] | None = None,
         class_weights: Tensor | None = None,
         shown: Sequence[str] | None = None,
     ) -> None:
         self.num_classes = num_classes
-        self.config = config or ClassificationConfig()
+        self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
         self.labels = None if labels is None else tuple(labels)
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
         self.class_weights = class_weights
         self.criterion = {"ce": _cross_entropy, "bce": _binary_cross_entropy}[self.config.loss]
-        augment, self.mixup = self.config.augment, None
-        if augment.mixup or augment.cutmix:
+        self.mixup = None
+        if self.augment.mixup or self.augment.cutmix:
             self.mixup = Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch_prob,
+                mixup_alpha=self.augment.mixup,
+                cutmix_alpha=self.augment.cutmix,
+                prob=self.augment.mix_prob,
+                switch_prob=self.augment.mix_switch_prob,
                 label_smoothing=self.config.smoothing,
                 num_classes=num_classes,
             )
@@ -132,14 +133,16 @@ class Classification(Task):
         return open_measured(data.root, split, record=record, img_mode=img_mode)
 
     @classmethod
-    def for_training(cls, config: ClassificationConfig, splits: DataSplits) -> Classification:
+    def for_training(
+        cls, config: ClassificationConfig, augment: ClassificationAugment, splits: DataSplits
+    ) -> Classification:
         names = splits.class_names
         weights = None
         if config.class_weights:
             if isinstance(splits.train, StreamSource):
                 raise UserError(f"task.class_weights: {splits.train.title} is a stream, its classes can't be counted")
             weights = balanced_weights(splits.train.targets, len(names))
-        return cls(len(names), config, labels=names, class_weights=weights)
+        return cls(len(names), config, augment, labels=names, class_weights=weights)
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Classification:
@@ -152,8 +155,8 @@ class Classification(Task):
         order = hub.class_order(source.class_names, self.labels, self.num_classes)
         return relabelled(source, order, self.labels or source.class_names)
 
-    def transforms(self, data_config: Mapping[str, Any], sizes: Sequence[int] = ()) -> Transforms:
-        return image_transforms(self.config.augment, data_config, sizes)
+    def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
+        return image_transforms(self.augment, data_config)
 
     def data_notes(self, splits: DataSplits) -> list[str]:
         if isinstance(splits.train, StreamSource):

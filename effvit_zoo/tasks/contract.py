@@ -18,12 +18,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
+from ..config import section
 from ..data import Batch, DataConfig, DataSplits, Measured, Source, Transforms
 from ..hub import CardFacts
 
@@ -128,6 +130,16 @@ class Objective(Protocol):
         the processes of the run."""
 
 
+@section
+class Augment:
+    """Augmentation settings of every task."""
+
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """N augmented copies of each image per step; an epoch then covers 1/N of the images (arXiv:1902.05509)."""
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Side lengths in pixels, one of which is sampled for every step (multi-scale training); empty for data.img_size."""
+
+
 class Task(ABC):
     """Base class of tasks.
 
@@ -135,11 +147,13 @@ class Task(ABC):
 
     Class attributes:
         Config: Dataclass of the YAML's `task` section; its field `kind` is a Literal of the task's name in `TASKS`.
+        Augment: Dataclass of the YAML's `augment` section, derived from `Augment`.
         metrics: Name -> Metric of what the evaluator measures. The first is what "best" and `train.patience` refer to.
         logits_axis: Axis of the model's output along which it holds logits of classes (for distillation); None if it holds none.
     """
 
     Config: ClassVar[type]
+    Augment: ClassVar[type[Augment]] = Augment
     metrics: ClassVar[Mapping[str, Metric]]
     logits_axis: ClassVar[int | None] = None
 
@@ -157,8 +171,8 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def for_training(cls, config: Any, splits: DataSplits) -> Task:
-        """The task for a run's `task` section and data."""
+    def for_training(cls, config: Any, augment: Any, splits: DataSplits) -> Task:
+        """The task for a run's `task` and `augment` sections and its data."""
 
     @classmethod
     @abstractmethod
@@ -170,12 +184,11 @@ class Task(ABC):
         return source
 
     @abstractmethod
-    def transforms(self, data_config: Mapping[str, Any], sizes: Sequence[int] = ()) -> Transforms:
-        """(image, target) -> (tensor, target) for training and validation.
+    def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
+        """(image, target) -> (tensor, target) for training and validation, with a training transform for each of `augment.sizes`.
 
         Args:
             data_config: timm's preprocessing settings.
-            sizes: Side lengths for multi-scale training, each of which needs a training transform.
         """
 
     def data_notes(self, splits: DataSplits) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training the classifier alone for the first epochs, so that a new head's large gradients don't undo what the backbone knows."""
+"""Training only the classifier in the first epochs, so that a new head's large gradients don't destroy the backbone's weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import UserError
 class FrozenBackbone:
     """Freezes all but the classifier of a timm model up to an optimizer step.
 
-    Make it after the optimizer, which has to know all parameters; what was frozen before stays frozen.
+    Create it after the optimizer, which needs all parameters; what was frozen before stays frozen.
 
     Args:
         model: A model with `get_classifier`.
         until_step: The first step that trains all of it.
-        wrapped: The model is wrapped for several processes: then gradients are computed and dropped, as the wrapper wants all.
+        wrapped: The model is wrapped for several processes; gradients are then computed and dropped, since the wrapper expects all of them.
 
     Raises:
         UserError: The model has no classifier.

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and averaged weights, from timm's factories."""
+"""Optimizer and learning-rate schedule, from timm's factories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .config import OptimConfig
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """timm's optimizer by name; weights of norms, biases and what the model names in `no_weight_decay` don't decay."""
-    # one kernel per tensor: saves a tenth of a small model's step
+    # one kernel per tensor saves a tenth of a small model's step
     fused = True if config.name.lower() in ("adam", "adamw") else None
     optional: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": fused}
     try:

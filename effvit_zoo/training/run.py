@@ -212,23 +212,23 @@ def prepare(config: RunConfig, num_processes: int) -> Prepared:
     in_chans = config.model.kwargs.get("in_chans", 3)
     if in_chans not in MODES:
         raise UserError(f"model.kwargs.in_chans is {in_chans}, expected 3 (RGB) or 1 (grey)")
-    kind, data, train = TASKS[config.task.kind], config.data, config.train
+    kind, data, train, augment = TASKS[config.task.kind], config.data, config.train, config.augment
     splits = kind.open_splits(data, MODES[in_chans])
-    task = kind.for_training(config.task, splits)
+    task = kind.for_training(config.task, augment, splits)
     model = build_model(config, task)
     data_config = _data_config(config, model, in_chans)
-    for shape in (data_config["input_size"], *((in_chans, side, side) for side in data.sizes)):
+    for shape in (data_config["input_size"], *((in_chans, side, side) for side in augment.sizes)):
         _try_size(model, shape, config.model.name)
     feed = make_feed(
         splits,
-        task.transforms(data_config, data.sizes),
+        task.transforms(data_config),
         data_config,
         batch_size=train.batch_size,
         num_processes=num_processes,
         grad_accum=train.grad_accum,
         seed=train.seed,
-        repeats=data.repeats,
-        sizes=data.sizes,
+        repeats=augment.repeats,
+        sizes=augment.sizes,
         num_workers=data.num_workers,
     )
     return Prepared(feed, task, model)
