@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "tosa" / "dense_demo.yaml"
 CLASSES = 11  # ten garments, and the background as the last
 
 
-@dataclass(frozen=True, kw_only=True)
+@strict.section
 class DemoConfig:
     side: int = 64
     """Pixels along a scene."""

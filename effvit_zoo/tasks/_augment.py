@@ -39,9 +39,9 @@ class ImageAugment(Augment):
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be 0 < low <= high <= 1, got {self.scale}")
+            raise ValueError(f"scale: got {list(self.scale)}, expected 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be 0 < low <= high, got {self.ratio}")
+            raise ValueError(f"ratio: got {list(self.ratio)}, expected 0 < low <= high")
 
 
 def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> Transforms:

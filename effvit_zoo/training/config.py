@@ -1,256 +1,192 @@
-"""What a training run can be told. Every default stands here, once; a value that can't work is refused before the first step.
+"""Training configuration. Every default stands in one of these sections, `data.config` or the task's; invalid values fail at load.
 
-`images per optimizer step = train.batch_size * processes * train.grad_accum`, and with `train.global_batch` that many, whatever the
-number of processes.
+`images per optimizer step = train.batch_size * processes * train.grad_accum`; `train.global_batch` fixes it for any number of
+processes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field
 from timm.optim import list_optimizers
 
 from .. import config as strict
+from .. import tasks
+from ..config import one_of, section
+from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
+from ..tasks import DistillConfig
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+"""The configs that the package ships."""
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True, kw_only=True)
+@section
 class ModelConfig:
+    """Model to train and the weights to start from."""
+
     name: str
-    """A name of timm's registry (`effzoo_*` or any other), `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
+    """Name in timm's registry (`effzoo_*` or any other), `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
     pretrained: bool = False
-    """Start from the weights that belong to the name. Folders and hub names always bring theirs."""
+    """Start from the weights that belong to the name; folders and Hub names always bring theirs."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further constructor arguments, e.g. `drop_path_rate: 0.1`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    root: str = "builtin:fashion-mnist-mini"
-    """A folder of images, `builtin:fashion-mnist-mini`, `builtin:fashion-mnist`, or a timm data set such as `hfds/NAME`."""
-    train_split: str = "train"
-    val_split: str = "auto"
-    """`auto`: the folder's or data set's own validation split, else `val_fraction` of the training images, by seed."""
-    val_fraction: float = 0.1
-    img_size: int | tuple[int, int] | None = None
-    """Pixels, a side or (height, width). None: what the model was made for."""
-    crop_pct: float | None = None
-    """Share of the resized image that validation looks at. None: what the model's weights were validated with."""
-    num_workers: int | None = None
-    """Loader processes. None: one per core that this process may use, at most 8."""
-    on_bad_file: Literal["skip", "raise"] = "skip"
-    """`skip`: a file that can't be read is named once, replaced by its neighbour while training and left out of validation."""
-    check_duplicates: bool | None = None
-    """Look for validation files that are training files too. None: in folders of up to 50,000 files, because each is read."""
-
-    def __post_init__(self) -> None:
-        sides = self.img_size if isinstance(self.img_size, tuple) else (1 if self.img_size is None else self.img_size,)
-        _require(min(sides) > 0, f"img_size must be positive, got {self.img_size}")
-        _require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, got {self.val_fraction}")
-        _require(self.crop_pct is None or 0 < self.crop_pct <= 1, f"crop_pct must lie in (0, 1], got {self.crop_pct}")
-        _require(self.num_workers is None or self.num_workers >= 0, f"num_workers must be >= 0, got {self.num_workers}")
+def _known_optimizer(name: str) -> str:
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if name.lower() not in known:
+        raise unknown_choice("optimizer", name, known)
+    return name
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Per-image augmentation (timm's transforms) and mixing of images within a batch (timm's Mixup)."""
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the random crop as a share of the image."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float = 0.0
-    auto_augment: str | None = None
-    """timm's policy string, e.g. `rand-m9-mstd0.5-inc1`."""
-    random_erasing: float = 0.0
-    erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch_prob: float = 0.5
-    repeats: int = 1
-    """Repeated augmentation (arXiv:1902.05509): so many versions of each image in a step, and as many fewer images in an epoch."""
-    sizes: tuple[int, ...] = ()
-    """Side lengths in pixels: every step draws one of them for its images (multi-scale training). Empty: `data.img_size`."""
-
-    def __post_init__(self) -> None:
-        for name in ("hflip", "vflip", "random_erasing", "mix_prob", "mix_switch_prob"):
-            _require(0 <= getattr(self, name) <= 1, f"{name} is a probability, got {getattr(self, name)}")
-        _require(0 < self.scale[0] <= self.scale[1] <= 1, f"scale must be 0 < low <= high <= 1, got {self.scale}")
-        _require(0 < self.ratio[0] <= self.ratio[1], f"ratio must be 0 < low <= high, got {self.ratio}")
-        _require(min(self.mixup, self.cutmix) >= 0, "mixup and cutmix must be >= 0")
-        _require(self.repeats >= 1, f"repeats must be at least 1, got {self.repeats}")
-        _require(min(self.sizes, default=1) >= 1, f"sizes must be at least 1 pixel, got {self.sizes}")
-
-
-@dataclass(frozen=True, kw_only=True)
+@section
 class OptimConfig:
-    name: str = "adamw"
-    """A name of timm's optimizer factory."""
-    lr: float = 1e-3
+    """Optimizer, learning-rate schedule and gradient clipping."""
+
+    name: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
+    """Name in timm's optimizer factory."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
-    lr_base_batch: int | None = None
-    """Images per step that `lr` is meant for: the rate becomes lr * images / lr_base_batch. None: `lr` as it stands."""
-    weight_decay: float = 0.05
+    lr_base_batch: Count | None = None
+    """Number of images per step that `lr` refers to: the rate becomes lr * images / lr_base_batch. Null for `lr` unchanged."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Weight decay; biases and norms are exempt."""
     momentum: float = 0.9
+    """Momentum of optimizers that have one, e.g. SGD."""
     betas: tuple[float, float] | None = None
+    """Decay rates of the gradient's running moments; null for the optimizer's default."""
     eps: float | None = None
-    layer_decay: float | None = None
-    """Factor from one layer to the layer below it; None for one rate for all."""
-    clip_grad: float | None = None
-    """Largest gradient norm, or what `clip_mode` makes of it."""
+    """Term added to denominators for stability; null for the optimizer's default."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the learning rate from each layer to the layer below it; null for one rate."""
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Limit for gradients, as `clip_mode` defines it; null for no clipping."""
     clip_mode: Literal["norm", "value", "agc"] = "norm"
-    """`norm`: of all gradients together; `value`: each number; `agc`: adaptive, relative to the weights (arXiv:2102.06171)."""
+    """Clipping by the norm of all gradients, by value, or adaptively relative to the weights (`agc`, arXiv:2102.06171)."""
     schedule: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "cosine"
-    """timm's schedule, stepped once per optimizer step."""
-    warmup_epochs: float = 0.0
+    """timm's learning-rate schedule, updated at every optimizer step."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Length of the linear warm-up in epochs."""
     warmup_lr: float = 1e-6
+    """Learning rate at the start of the warm-up."""
     warmup_prefix: bool = False
-    """The schedule begins after the warm-up; otherwise the warm-up takes the place of its first steps."""
+    """Start of the schedule after the warm-up; otherwise the warm-up replaces its first steps."""
     min_lr: float = 1e-6
-
-    def __post_init__(self) -> None:
-        known = [str(name) for name in list_optimizers()]
-        if self.name.lower() not in known:
-            raise unknown_choice("optimizer", self.name, known)
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        _require(
-            self.lr_base_batch is None or self.lr_base_batch >= 1,
-            f"lr_base_batch must be >= 1, got {self.lr_base_batch}",
-        )
-        _require(
-            self.layer_decay is None or 0 < self.layer_decay <= 1,
-            f"layer_decay must lie in (0, 1], got {self.layer_decay}",
-        )
-        _require(self.weight_decay >= 0, f"weight_decay must be >= 0, got {self.weight_decay}")
-        _require(self.warmup_epochs >= 0, f"warmup_epochs must be >= 0, got {self.warmup_epochs}")
-        _require(self.clip_grad is None or self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")
+    """Learning rate at the end of the schedule."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class TrainConfig:
-    epochs: int = 10
-    batch_size: int = 64
-    """Images per process and forward pass."""
-    grad_accum: int = 1
-    """Forward passes per optimizer step."""
-    global_batch: int | None = None
-    """Images per optimizer step over all processes; `grad_accum` then follows from the number of processes."""
-    seed: int = 0
-    smoothing: float = 0.0
-    """Label smoothing."""
-    loss: Literal["ce", "bce"] = "ce"
-    class_weights: bool = False
-    """Weigh each image's loss by the inverse of its class' share of the training images."""
-    freeze_epochs: int = 0
-    """Train the classifier alone for so many epochs; the backbone's BatchNorms use their stored statistics meanwhile."""
-    patience: int = 0
-    """Stop after so many epochs without a better validation top-1; 0: never."""
+    """Training loop: epochs, batches, precision, checkpoints, trackers."""
+
+    epochs: Count = 10
+    """Number of epochs."""
+    batch_size: Count = 64
+    """Number of images per process and forward pass."""
+    grad_accum: Count = 1
+    """Number of forward passes per optimizer step."""
+    global_batch: Count | None = None
+    """Number of images per optimizer step over all processes, from which `grad_accum` follows; null for `grad_accum` as given."""
+    seed: CountOrZero = 0
+    """Seed of initial weights, order and augmentation."""
+    freeze_epochs: CountOrZero = 0
+    """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
+    patience: CountOrZero = 0
+    """Number of epochs without a better validation metric after which training stops; 0 for no early stopping."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    ema_decay: float = 0.0
-    """Decay of the averaged weights per step; 0 for none. With it, the averaged model is what is validated and saved."""
+    """Mixed precision; `no` for float32."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the averaged weights, which are then the ones validated and saved; 0 for no averaging."""
     channels_last: bool = False
+    """Channels-last memory format."""
     compile: bool = False
+    """Compilation of the model by `torch.compile`."""
     grad_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, about a third more time."""
+    """Recomputation of activations in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
-    """Only algorithms that give the same bits every time; slower on GPUs, and needless on CPUs."""
-    max_bad_steps: int = 10
-    """Steps whose loss is not finite are skipped; after so many in a row the run stops, with the batch saved."""
-    checkpoint_steps: int = 0
-    """Write a resumable checkpoint every so many optimizer steps too; 0: at the end of epochs only."""
-    keep_checkpoints: int = 2
+    """Deterministic algorithms only; slower on GPUs, not needed on CPUs."""
+    max_bad_steps: Count = 10
+    """Number of consecutive steps with a non-finite loss that aborts the run and saves the batch; fewer are rolled back and counted."""
+    checkpoint_steps: CountOrZero = 0
+    """Number of optimizer steps between resumable checkpoints; 0 for one at the end of each epoch only."""
+    keep_checkpoints: Count = 2
+    """Number of latest checkpoints to keep."""
     trackers: tuple[Tracker, ...] = ("tensorboard",)
-    """Where curves go beside the run folder; all but TensorBoard are packages that have to be installed."""
+    """Experiment trackers that receive the curves; all but TensorBoard are separate packages."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum", "keep_checkpoints", "max_bad_steps"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("freeze_epochs", "patience"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
-        _require(
-            self.global_batch is None or self.global_batch >= 1, f"global_batch must be >= 1, got {self.global_batch}"
-        )
-        _require(
-            self.global_batch is None or self.grad_accum == 1,
-            f"global_batch ({self.global_batch}) and grad_accum ({self.grad_accum}) are both given: expected one of them",
-        )
-        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
-        _require(0 <= self.smoothing < 1, f"smoothing must lie in [0, 1), got {self.smoothing}")
-        _require(0 <= self.ema_decay < 1, f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        _require(self.checkpoint_steps >= 0, f"checkpoint_steps must be >= 0, got {self.checkpoint_steps}")
+        if self.global_batch is not None and self.grad_accum != 1:
+            raise ValueError(
+                f"global_batch ({self.global_batch}) and grad_accum ({self.grad_accum}) are both given: expected one of them"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Learning from a trained model beside the labels."""
-
-    teacher: str | None = None
-    """A model as in `model.name`, with its weights; None: no distillation."""
-    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further constructor arguments of the teacher."""
-    kind: Literal["hard", "soft", "token"] = "hard"
-    """`hard`: the teacher's first choice is a second label; `soft`: its probabilities are; `token`: as hard, but learned by the
-    student's own distillation classifier (SwiftFormer, distilled DeiT)."""
-    alpha: float = 0.5
-    """Share of the teacher in the loss."""
-    temperature: float = 1.0
-    """Of both softmaxes, for `soft`."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}")
-        _require(self.temperature > 0, f"temperature must be positive, got {self.temperature}")
+def _repo_name(name: str | None) -> str | None:
+    if name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+        raise ValueError("expected USER/NAME")
+    return name
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class HubConfig:
-    push: str | None = None
-    """USER/NAME on the Hub to upload the model folder to when the run is through."""
+    """Upload of the trained model to the Hugging Face Hub."""
+
+    push: Annotated[str | None, AfterValidator(_repo_name)] = None
+    """USER/NAME of the repository that receives the model folder at the end of the run; null for no upload."""
     push_best: bool = True
-    """The best epoch's model; otherwise the last one's."""
+    """Upload of the best epoch's model rather than the last one's."""
     push_every_best: bool = False
-    """Upload at every better epoch too. A failure is told and the run goes on; the next upload sends all there is by then."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.push is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push) is not None,
-            f"push is {self.push!r}, expected USER/NAME",
-        )
+    """Upload at every better epoch too. Upload failures are reported; training continues, and the next upload includes all files."""
 
 
-@dataclass(frozen=True, kw_only=True)
+def _configs() -> Mapping[str, type]:
+    return {name: task.Config for name, task in tasks.TASKS.items()}
+
+
+def _augments() -> Mapping[str, type]:
+    return {name: task.Augment for name, task in tasks.TASKS.items()}
+
+
+TASK = one_of(_configs, default=tasks.DEFAULT)
+AUGMENT = one_of(_augments, default=tasks.DEFAULT, by="task")
+
+
+@section
 class RunConfig:
+    """All settings of a training run."""
+
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    task: Annotated[Any, TASK] = TASK.field()
+    """What is learned: settings of the task named by `kind`."""
+    augment: Annotated[Any, AUGMENT] = AUGMENT.field()
+    """Augmentation of training images, as the task defines it."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.optim.warmup_epochs < self.train.epochs,
-            f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, expected fewer than train.epochs ({self.train.epochs})",
-        )
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, expected fewer than train.epochs ({self.train.epochs})"
+            )
 
-    def shared_by(self, num_processes: int) -> RunConfig:
-        """This config for so many processes: `grad_accum` and `lr` as `global_batch` and `lr_base_batch` want them.
+    def resolve_for_processes(self, num_processes: int) -> RunConfig:
+        """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes.
 
         Raises:
-            UserError: `global_batch` is no multiple of what the processes take at once.
+            UserError: `global_batch` is not a multiple of the images that all processes take in one forward pass.
         """
         train, optim = self.train, self.optim
         at_once = train.batch_size * num_processes
@@ -268,7 +204,28 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run's YAML, sets `section.key=value` overrides, and validates all of it. Raises `UserError`."""
+    """Reads a run's YAML, applies `section.key=value` overrides and validates the result. Raises `UserError`."""
     content = strict.read_yaml(path)
     strict.apply_overrides(content, overrides)
     return strict.parse(RunConfig, content)
+
+
+def find_config(name: str | Path) -> Path:
+    """The file of a config.
+
+    Args:
+        name: Path of a file, or name of a shipped config with or without suffix: "finetune", "recipes/swin", "configs/finetune.yaml".
+
+    Raises:
+        UserError: There is neither such a file nor such a config.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    files = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "accelerate"]
+    shipped = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in files}
+    wanted = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if wanted in shipped:
+        return shipped[wanted]
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise UserError(f"config file {str(name)!r} does not exist")
+    raise unknown_choice("config", str(name), list(shipped))
