@@ -53,7 +53,16 @@ ATTENTION = ["--mechanisms", "sdpa", "hydra", "--tokens", "64", "1024", "2048", 
 SMALLER = {
     ("validate",): ["--workers", "0"],
     ("benchmark", "attention"): ATTENTION,
-    ("benchmark", "backbones"): ["--models", "swiftformer_xs", "--batch-sizes", "1", "--train-batch", "0", "--repeats", "1"],
+    ("benchmark", "backbones"): [
+        "--models",
+        "swiftformer_xs",
+        "--batch-sizes",
+        "1",
+        "--train-batch",
+        "0",
+        "--repeats",
+        "1",
+    ],
     ("benchmark", "tosa"): ["--repeats", "1", "--runtimes"],
 }
 """First words of a command -> arguments that make it small."""
@@ -93,7 +102,9 @@ def blocks(page):
         yield Block(page, text[: match.start(2)].count("\n") + 1, match[2], match[3] or "", code, comments)
 
 
-RUNNING = [page for page in PAGES if any(block.is_run and block.language in ("bash", "python") for block in blocks(page))]
+RUNNING = [
+    page for page in PAGES if any(block.is_run and block.language in ("bash", "python") for block in blocks(page))
+]
 SLOW = [page for page in RUNNING if any(block.is_run and block.is_slow for block in blocks(page))]
 
 

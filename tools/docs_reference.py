@@ -69,7 +69,9 @@ def run_settings() -> str:
 def tosa_settings() -> str:
     """The settings of the pipeline `tosa`, apart from the sections that it shares with a run."""
     shared = ("model.", "data.", "optim.", "train.")
-    rows = [row for row in settings(ToSAConfig) if not any(part in f".{row.key}." for part in (f".{s}" for s in shared))]
+    rows = [
+        row for row in settings(ToSAConfig) if not any(part in f".{row.key}." for part in (f".{s}" for s in shared))
+    ]
     return _settings_table(rows)
 
 
