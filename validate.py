@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures a trained model on a data set: `python validate.py --model runs/quickstart/best --data builtin:fashion-mnist-mini`."""
+"""`effzoo validate` from a checkout: `python validate.py --model runs/quickstart/best --data builtin:fashion-mnist-mini`."""
 
 import sys
 

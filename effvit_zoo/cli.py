@@ -1,4 +1,4 @@
 """The entry point of `effzoo`: `effvit_zoo.cli.main`."""
 
-from .commands.cli import COMMANDS as COMMANDS
-from .commands.cli import main as main
+from .commands import COMMANDS as COMMANDS
+from .commands import main as main

@@ -60,10 +60,19 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except (UserError, OSError) as error:
         if os.environ.get("EFFZOO_DEBUG", "") not in ("", "0"):
-            traceback.print_exc()
+            _print_traceback(error)
         print(f"error: {one_line(error, limit=2000)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Prints tracebacks of an error and of all that led to it, those behind a `raise ... from None` too."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__suppress_context__ = False
+        link = link.__cause__ or link.__context__
+    traceback.print_exception(error)

@@ -79,7 +79,7 @@ TRAINING = {
 
 VALIDATING = {
     "unknown model": (["--model", "effzoo_nothing"], "unknown model 'effzoo_nothing'"),
-    "results in a format of no one": (["--model", "{two}", "--results-file", "{out}/results.xlsx"], "ends in .json or .csv"),
+    "results in a format of no one": (["--model", "{two}", "--results-file", "{out}/results.xlsx"], "ends in .csv or .json"),
     "no batch": (["--model", "{two}", "--batch-size", "0"], "--batch-size must be at least 1"),
     "negative size": (["--model", "{two}", "--img-size", "-3"], "--img-size must be at least 1"),
     "size that doesn't fit": (["--model", "{two}", "--img-size", "30"], "can't take images of 30 pixels"),

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five pictures in two folders, one file that is none."""
+    """Five images in two folders, and a file that is no image."""
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.jpg", "more/a.png", "more/c.bmp", "more/d.webp"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,12 +194,12 @@ def test_predict_with_nothing_to_read(folder, photos, capsys):
     assert main(["predict", "--model", str(folder), str(photos / "broken.png")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("skipped: cannot read image ")
-    assert lines[1:] == ["error: none of the 1 pictures could be read"]
+    assert lines[1:] == ["error: none of the 1 images could be read"]
     assert main(["predict", "--model", str(folder), "gone.png"]) == 2
-    assert capsys.readouterr().err.splitlines()[1:] == ["error: there is no picture to classify"]
+    assert capsys.readouterr().err.splitlines()[1:] == ["error: there is no image to predict"]
 
 
-def test_predict_draws_every_picture_once(folder, photos, tmp_path, capsys):
+def test_predict_draws_every_image_once(folder, photos, tmp_path, capsys):
     drawn = tmp_path / "drawn"
     argv = ["predict", "--model", str(folder), str(photos / "more"), str(photos / "a.png"), "--draw", str(drawn)]
     assert main(argv) == 0

@@ -11,8 +11,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from effvit_zoo.viz import style
-from effvit_zoo.viz.curves import confusion_matrix, curves
-from effvit_zoo.viz.predictions import MAX_SIDE, MIN_WIDTH, annotate
+from effvit_zoo.viz.curves import curves
+from effvit_zoo.viz.matrix import confusion_matrix
+from effvit_zoo.viz.predictions import GRID_CELL, MAX_SIDE, MIN_WIDTH, annotate, captioned_grid
+from effvit_zoo.viz.selection import metric_over_macs
+
+PANELS = [("Top-1, %", "train_top1", "top1", True)]
 
 
 def epoch_rows(count):
@@ -39,7 +43,7 @@ def texts(draw, tmp_path):
 
 
 def test_curves_name_the_lines_and_the_best_epoch(tmp_path):
-    found = texts(lambda path: curves(epoch_rows(5), path), tmp_path)
+    found = texts(lambda path: curves(epoch_rows(5), path, PANELS), tmp_path)
     assert found.count("training") == found.count("validation") == 2
     assert "best 70.00 at epoch 3" in found
     assert "300 training images per second" in found
@@ -47,7 +51,7 @@ def test_curves_name_the_lines_and_the_best_epoch(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_curves_of_any_length(tmp_path, count):
-    curves(epoch_rows(count), tmp_path / "curves.png")
+    curves(epoch_rows(count), tmp_path / "curves.png", PANELS)
     assert Image.open(tmp_path / "curves.png").size == (1800, 585)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
@@ -59,16 +63,28 @@ def test_curves_from_csv_with_gaps(tmp_path):
     writer.writeheader()
     writer.writerows(rows)
     text.seek(0)
-    found = texts(lambda path: curves(list(csv.DictReader(text)), path), tmp_path)
+    found = texts(lambda path: curves(list(csv.DictReader(text)), path, PANELS), tmp_path)
     assert (found.count("training"), found.count("validation")) == (1, 1)
     assert "best 70.00 at epoch 3" in found
 
 
 def test_curves_of_a_run_that_diverged(tmp_path):
     rows = [{**row, "train_loss": float("nan"), "top1": float("nan")} for row in epoch_rows(3)]
-    assert not any(text.startswith("best") for text in texts(lambda path: curves(rows, path), tmp_path))
+    assert not any(text.startswith("best") for text in texts(lambda path: curves(rows, path, PANELS), tmp_path))
     with pytest.raises(ValueError, match="at least one row"):
         curves([], tmp_path / "none.png")
+
+
+def test_a_panel_for_each_metric_that_has_values(tmp_path):
+    rows = [row | {"abs_rel": 0.5 - row["epoch"] / 10} for row in epoch_rows(3)]
+    panels = [*PANELS, ("AbsRel", "", "abs_rel", False), ("mIoU, %", "train_miou", "miou", True)]
+    found = texts(lambda path: curves(rows, path, panels), tmp_path)
+    assert [text for text in found if text in ("Loss", "Top-1, %", "AbsRel", "mIoU, %", "Learning rate")] == [
+        *("Loss", "Top-1, %", "AbsRel", "Learning rate")
+    ]
+    assert "best 0.20 at epoch 3" in found
+    without = [{key: value for key, value in row.items() if "top1" not in key} for row in rows]
+    assert "Top-1, %" not in texts(lambda path: curves(without, path, PANELS), tmp_path)
 
 
 def test_confusion_matrix_says_percentages_counts_and_names(tmp_path):
@@ -122,13 +138,33 @@ def test_names_at_line_ends_do_not_touch():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (320, 200), (5, 900), (900, 5), (4000, 900), (900, 4000)])
-def test_annotated_pictures_are_of_readable_size(size):
+def test_annotated_images_are_of_readable_size(size):
     picture = Image.new("RGB", size, (10, 120, 10))
     result = annotate(picture, ["cat", "dog", "a very long name " * 20], [0.9, 0.09, 0.0001])
     assert MIN_WIDTH <= result.width <= MAX_SIDE
     assert result.height < MAX_SIDE + 300
     middle = result.getpixel((result.width // 2, 0))
     assert middle == (10, 120, 10)
+
+
+def test_a_grid_holds_every_image(tmp_path):
+    images = [Image.new("RGB", size, (10, 120, 10)) for size in [(8, 8), (400, 30), (1, 900)] * 3]
+    captioned_grid(images, [("is cat", "93 % dog")] * len(images), tmp_path / "grid.png")
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 6 * GRID_CELL
+    assert 2 * GRID_CELL < grid.height < 3 * GRID_CELL
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+    with pytest.raises(ValueError, match="at least one"):
+        captioned_grid([], [], tmp_path / "none.png")
+
+
+def test_any_metric_over_macs(tmp_path):
+    points = [{"macs": macs, "ratio": ratio, "miou": 40 + 9 * ratio} for macs, ratio in ((2e8, 0.5), (4e8, 0.9))]
+    dense = {"macs": 5e8, "miou": 50.0}
+    options = {"key": "miou", "label": "mIoU, %", "controls": {"random": points[:1]}}
+    found = texts(lambda path: metric_over_macs({"ToSA": points}, dense, path, **options), tmp_path)
+    for text in ("mIoU, %", "r = 0.5", "r = 0.9", "ToSA", "random", "dense"):
+        assert text in found
 
 
 def test_bars_are_as_long_as_their_probabilities():

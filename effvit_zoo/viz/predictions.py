@@ -1,8 +1,7 @@
-"""Pictures with what a model takes them for: one with its best classes on a panel below it, or many in a grid of mistakes."""
+"""Images with text: one with a panel of labelled bars below it, or many in a grid with captions."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,23 +11,24 @@ from . import style
 
 MIN_WIDTH, MAX_SIDE = 320, 1600
 _TRACK = "#e8ebef"
-GRID_COLUMNS, GRID_CELL = 6, 180  # pictures a row, pixels a picture's side
+GRID_COLUMNS, GRID_CELL = 6, 180
+"""Images per row of a grid; side of its cells in pixels."""
 
 
 def annotate(image: Image.Image, labels: Sequence[str], probabilities: Sequence[float]) -> Image.Image:
-    """Puts a panel with a bar per class below an RGB picture.
+    """Puts a panel with a bar per label below an RGB image.
 
-    The result is as wide as the picture, within 320 to 1600 pixels: smaller pictures are enlarged and larger ones reduced,
-    and a picture too narrow for text is laid on white, so that the panel can be read whatever the size.
+    The result is as wide as the image, within 320 to 1600 pixels: smaller images are enlarged, larger ones reduced, and one
+    too narrow for text is centred on white, so that the panel is readable at any size.
 
     Args:
-        image: Upright RGB picture.
-        labels: Class names, best first.
-        probabilities: One per label, 0 to 1.
+        image: Upright RGB image.
+        labels: Texts of the bars, the first in bold.
+        probabilities: Lengths of the bars, 0 to 1.
     """
-    picture = _fitted(image)
-    width = picture.width
-    size = round(min(26, max(13, width / 32)))  # pixels of the type; the panel's measures follow from it
+    image = _fitted(image)
+    width = image.width
+    size = round(min(26, max(13, width / 32)))  # type size in pixels; the panel's measures follow from it
     pad, row = size, round(size * 2.3)
     panel = Image.new("RGB", (width, 2 * pad + row * len(labels) - size // 2), style.PAPER)
     draw = ImageDraw.Draw(panel)
@@ -45,51 +45,44 @@ def annotate(image: Image.Image, labels: Sequence[str], probabilities: Sequence[
         if (length := round(full * probability)) > 0:
             colour = style.BLUE if index == 0 else style.QUIET
             draw.rectangle((pad, bar_y, pad + length, bar_y + bar_height), fill=colour)
-    result = Image.new("RGB", (width, picture.height + panel.height), style.PAPER)
-    result.paste(picture, (0, 0))
-    result.paste(panel, (0, picture.height))
+    result = Image.new("RGB", (width, image.height + panel.height), style.PAPER)
+    result.paste(image, (0, 0))
+    result.paste(panel, (0, image.height))
     return result
 
 
-def mistakes_grid(
-    pictures: Sequence[Image.Image], captions: Sequence[tuple[str, str, float]], path: str | Path
-) -> None:
-    """Writes a PNG of small pictures in rows, each with its true class, and below it what it was taken for and how surely.
+def captioned_grid(images: Sequence[Image.Image], captions: Sequence[tuple[str, str]], path: str | Path) -> None:
+    """Writes a PNG of small images in rows, each with two lines of text below it, the first in bold.
 
     Args:
-        pictures: RGB pictures of any size.
-        captions: (true class, predicted class, probability from 0 to 1) of each.
-        path: The file to write; it appears complete or not at all.
+        images: RGB images of any size.
+        captions: The two lines of each.
+        path: The file to write.
 
     Raises:
-        ValueError: There are no pictures.
+        ValueError: There are no images.
     """
-    if not pictures:
-        raise ValueError("no mistakes to draw: expected at least one picture")
+    if not images:
+        raise ValueError("no images to draw: expected at least one")
     size, gap = 13, 12
-    columns = min(GRID_COLUMNS, len(pictures))
+    columns = min(GRID_COLUMNS, len(images))
     cell_height = GRID_CELL + 2 * round(1.5 * size) + gap
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (gap + columns * (GRID_CELL + gap), gap + rows * cell_height), style.PAPER)
     draw = ImageDraw.Draw(sheet)
-    for place, (picture, (true, predicted, share)) in enumerate(zip(pictures, captions, strict=True)):
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = gap + place % columns * (GRID_CELL + gap), gap + place // columns * cell_height
-        factor = min(GRID_CELL / picture.width, GRID_CELL / picture.height)
-        side = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+        factor = min(GRID_CELL / image.width, GRID_CELL / image.height)
+        side = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
         resample = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.LANCZOS
-        thumbnail = picture.convert("RGB").resize(side, resample)
+        thumbnail = image.convert("RGB").resize(side, resample)
         sheet.paste(thumbnail, (x + (GRID_CELL - side[0]) // 2, y + (GRID_CELL - side[1]) // 2))
-        lines = ((f"is {true}", style.font(size, bold=True)), (f"{100 * share:.0f} % {predicted}", style.font(size)))
-        for line, (text, text_font) in enumerate(lines):
-            place_y = y + GRID_CELL + 4 + line * round(1.4 * size)
-            draw.text((x, place_y), _cut(draw, text, text_font, GRID_CELL), font=text_font, fill=style.INK)
-    path = Path(path)
-    writing = path.with_name(f".{path.name}.writing")
-    try:
+        for line, text in enumerate(caption):
+            text_font = style.font(size, bold=line == 0)
+            text_y = y + GRID_CELL + 4 + line * round(1.4 * size)
+            draw.text((x, text_y), _cut(draw, text, text_font, GRID_CELL), font=text_font, fill=style.INK)
+    with style.replacing(Path(path)) as writing:
         sheet.save(writing, format="PNG")
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -108,7 +101,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, font: object, room: float) -> str:
-    """As much of a text as there is room for."""
+    """The longest start of a text that fits into `room` pixels."""
     text = " ".join(text.split())
     length = len(text)
     while length > 1 and draw.textlength(style.shorten(text, length), font=font) > room:  # type: ignore[arg-type]

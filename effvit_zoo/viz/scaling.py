@@ -1,4 +1,4 @@
-"""How cost grows with the number of tokens: time and memory side by side, double logarithmic, where a power of N is a straight line."""
+"""Cost over the number of tokens: time and memory side by side on logarithmic axes, where a power of N is a straight line."""
 
 from __future__ import annotations
 

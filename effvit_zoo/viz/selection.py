@@ -1,9 +1,10 @@
-"""What token selection looks like: the tokens that each layer kept, over the image, and what they cost against what they are worth."""
+"""Token selection: the tokens that each layer keeps, over the image, and a metric against its cost in MACs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 
 from . import style
 
-VEIL = (214, 224, 243)  # has a hue, so that it differs from any part of a grey picture
+Point = Mapping[str, Any]
+
+VEIL = (214, 224, 243)  # has a hue, so that it differs from any part of a grey image
 
 
 def selected_tokens(
@@ -62,54 +65,47 @@ def _veiled(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(inside, pixels, 0.2 * grey + 0.8 * np.array(VEIL)).astype(np.uint8)
 
 
-def accuracy_over_macs(
-    lines: Mapping[str, Sequence[Mapping[str, Any]]],
-    dense: Mapping[str, Any],
+def metric_over_macs(
+    lines: Mapping[str, Sequence[Point]],
+    dense: Point,
     path: str | Path,
-    controls: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    *,
+    key: str,
+    label: str,
+    controls: Mapping[str, Sequence[Point]] | None = None,
 ) -> None:
-    """Top-1 over multiply-accumulates.
+    """Draws a metric over multiply-accumulates.
 
     Args:
-        lines: Name -> points with `macs`, `top1` and `ratio`, drawn as a line with its ratios.
-        dense: The point of the dense model.
+        lines: Name -> points with `macs`, `ratio` and the metric, drawn as a line with its ratios.
+        dense: The dense model's point.
         path: The file to write.
+        key: The metric's key in a point.
+        label: Its title, with the unit.
         controls: Name -> points of the same form, drawn as marks without a line.
     """
+    colours = cycle(style.SERIES)
     with style.figure(8, 5, path) as fig:
         ax = fig.subplots()
         ax.set_title("Accuracy against computation, by attention ratio")
         ax.set_xlabel("multiply-accumulates per image, millions")
-        ax.set_ylabel("top-1, %")
-        ax.axhline(dense["top1"], color=style.RULE, linewidth=1, zorder=1)
-        for index, (name, points) in enumerate(lines.items()):
-            ordered = sorted(points, key=lambda point: point["macs"])
-            colour = style.SERIES[index]
-            ax.plot(
-                [p["macs"] / 1e6 for p in ordered], [p["top1"] for p in ordered], marker="o", color=colour, label=name
-            )
-            for point in ordered:
-                place = (point["macs"] / 1e6, point["top1"])
-                ax.annotate(
-                    f"r = {point['ratio']:g}",
-                    place,
-                    (0, 8),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8.5,
-                    color=colour,
-                )
-        for index, (name, points) in enumerate((controls or {}).items(), start=len(lines)):
-            ax.plot(
-                [p["macs"] / 1e6 for p in points],
-                [p["top1"] for p in points],
-                linestyle="none",
-                marker="_",
-                markersize=12,
-                markeredgewidth=2,
-                color=style.SERIES[index % len(style.SERIES)],
-                label=name,
-            )
-        ax.plot(dense["macs"] / 1e6, dense["top1"], marker="D", color=style.INK, linestyle="none", label="dense")
+        ax.set_ylabel(label)
+        ax.axhline(dense[key], color=style.RULE, linewidth=1, zorder=1)
+        for name, points in lines.items():
+            xs, ys = _places(sorted(points, key=lambda point: point["macs"]), key)
+            colour = next(colours)
+            ax.plot(xs, ys, marker="o", color=colour, label=name)
+            ratios: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5, "color": colour}
+            for point in points:
+                ax.annotate(f"r = {point['ratio']:g}", (point["macs"] / 1e6, point[key]), (0, 8), **ratios)
+        marks: Any = {"linestyle": "none", "marker": "_", "markersize": 12, "markeredgewidth": 2}
+        for name, points in (controls or {}).items():
+            ax.plot(*_places(points, key), color=next(colours), label=name, **marks)
+        ax.plot(*_places([dense], key), marker="D", color=style.INK, linestyle="none", label="dense")
         ax.margins(0.12, 0.18)
         ax.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def _places(points: Sequence[Point], key: str) -> tuple[list[float], list[float]]:
+    """Million MACs and the metric of points."""
+    return [point["macs"] / 1e6 for point in points], [point[key] for point in points]

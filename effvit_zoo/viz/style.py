@@ -1,6 +1,6 @@
-"""How this package's figures look, in one place: colours, type sizes, lines, and the way into a file.
+"""Style of all figures: colours, type sizes, lines, and how a figure is written to its file.
 
-Figures are drawn on their own canvas: nothing here touches pyplot, its current figure or the backend chosen by the caller.
+Figures are drawn on their own canvas; pyplot, its current figure and the caller's backend stay untouched.
 """
 
 from __future__ import annotations
@@ -56,27 +56,31 @@ _RC: Any = {
 
 
 @contextmanager
-def figure(width: float, height: float, path: str | Path) -> Iterator[Figure]:
-    """A figure of the given size in inches, written to `path` (type by its suffix, 150 dpi) when the block ends.
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place when the block ends without an error: a figure is complete or absent."""
+    writing = path.with_name(f".{path.name}.writing")
+    try:
+        yield writing
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
 
-    The file appears complete or not at all.
-    """
+
+@contextmanager
+def figure(width: float, height: float, path: str | Path) -> Iterator[Figure]:
+    """A figure of the given size in inches, written to `path` (type by its suffix, 150 dpi) when the block ends."""
     path = Path(path)
     with matplotlib.rc_context(_RC):
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06)
         fig = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(fig)
         yield fig
-        writing = path.with_name(f".{path.name}.writing")
-        try:
+        with replacing(path) as writing:
             fig.savefig(writing, format=path.suffix.lstrip(".") or "png", dpi=150)
-            os.replace(writing, path)
-        finally:
-            writing.unlink(missing_ok=True)
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
-    """Writes each line's name right of its last point, instead of a legend; names that would touch are moved apart.
+    """Writes each line's name right of its last point, instead of a legend. Names that would overlap are moved apart.
 
     Args:
         ax: Axes with all their lines.
@@ -115,6 +119,6 @@ def shorten(text: str, length: int) -> str:
 
 @cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The same typeface for drawing on pictures, `size` pixels high. It comes with matplotlib, so it is always there."""
+    """The figures' typeface for drawing on images, `size` pixels high. matplotlib ships it."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

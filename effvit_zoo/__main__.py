@@ -1,0 +1,8 @@
+"""`python -m effvit_zoo` is `effzoo`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

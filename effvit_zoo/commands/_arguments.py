@@ -1,0 +1,32 @@
+"""Parts of command lines that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import UserError, one_line
+
+MODEL_HELP = "effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
+
+
+def positive(text: str) -> int:
+    """An argument type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def check_device(name: str) -> str:
+    """The name of a device, tried out. Raises `UserError`."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0] or error
+        raise UserError(f"device {name!r} can't be used: {one_line(reason)}") from None
+    return name

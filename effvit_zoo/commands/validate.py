@@ -1,0 +1,157 @@
+"""`effzoo validate`, and `validate.py`: measures models, exported files too, on a data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..report.rows import check_output, print_table, shown, write_rows
+from ..run_folder import EXTRA_KEY
+from ._arguments import MODEL_HELP
+
+if TYPE_CHECKING:
+    from ..evaluation.compare import Candidate
+    from ..tasks import Metric
+
+HELP = "measure a model's accuracy and speed on a data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        help=f"{MODEL_HELP}, or a file .onnx, .xml or .pte; several are measured in turn",
+    )
+    parser.add_argument(
+        "--like", metavar="MODEL", help="model that supplies preprocessing and labels of an exported file"
+    )
+    parser.add_argument("--pretrained", action="store_true", help="with a model name: its published weights")
+    parser.add_argument(
+        "--data", default="builtin:fashion-mnist-mini", help="as data.root in a config (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--split",
+        default="auto",
+        help="split of the data (default: auto, what the model was validated on if it was trained on this data, else val, test or all)",
+    )
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
+    )
+    parser.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="share of the resized image to crop (default: the model's)"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: one per core, at most 8)")
+    parser.add_argument("--results-file", type=Path, metavar="FILE", help="write results to FILE.json or FILE.csv")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..evaluation.compare import Options, validate
+
+    _check(args)
+    failed: list[str] = []
+
+    def skip(name: str, error: UserError) -> None:
+        if len(args.model) == 1:
+            raise error
+        failed.append(name)
+        print(f"skipped {name}: {error}", file=sys.stderr)
+
+    candidates = []
+    for name in args.model:
+        try:
+            candidates.append(_candidate(name, args.like, args.pretrained))
+        except UserError as error:
+            skip(name, error)
+    options = Options(args.split, args.crop_pct, args.batch_size, args.workers)
+    rows = validate(candidates, args.data, options, args.img_size or (None,), on_failure=skip)
+    if not rows:
+        raise UserError(f"none of the {len(args.model)} models could be measured")
+    if len(rows) == 1:
+        _print_one(rows[0])
+    else:
+        _print_summary(rows)
+    if args.results_file:
+        write_rows(_plain(rows) if args.results_file.suffix == ".csv" else rows, args.results_file)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(args.model)} models could not be measured: {', '.join(failed)}")
+
+
+def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:
+    """A model by name, model folder, run folder or exported file. Raises `UserError`."""
+    import torch
+
+    from .. import hub
+    from ..evaluation.compare import Candidate
+    from ..export import target_of
+    from ..export.deployed import load_exported
+
+    if target_of(name) is not None:
+        return Candidate(name, partial(load_exported, name, like, torch.get_num_threads()))
+    trained = hub.brings_weights(name)
+    record = hub.read_config(name).get(EXTRA_KEY, {}) if trained else {}
+    return Candidate(name, partial(hub.load, name, pretrained=pretrained or trained), record)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for an argument out of range."""
+    check_output(args.results_file, "--results-file")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if min(args.img_size or [1]) < 1:
+        raise UserError(f"--img-size must be at least 1, got {' '.join(map(str, args.img_size))}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UserError(f"--crop-pct must lie in (0, 1], got {args.crop_pct}")
+
+
+def _print_one(row: Mapping[str, Any]) -> None:
+    """A model's sections, and its metrics below them."""
+    print(f"{row['model']} on {row['data']} ({row['split']}), {shown(row['input_size'][1:])} pixels\n")
+    for table in row["tables"]:
+        if table["title"]:
+            print(table["title"])
+        numbers = [index for index, cell in enumerate(table["rows"][0]) if isinstance(cell, int | float)]
+        print_table(table["head"], [[*map(shown, cells)] for cells in table["rows"]], right=numbers)
+        print()
+    metrics = ", ".join(f"{metric.title} {metric.show(row[name])}" for name, metric in _metrics([row]).items())
+    skipped = f", {row['bad_files']} unreadable files skipped" if row["bad_files"] else ""
+    print(f"{metrics} on {row['images']} images, {row['images_per_second']:.0f} images/s{skipped}")
+
+
+def _print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each model and size."""
+    metrics = _metrics(rows)
+    head = ["model", "data", "split", "images", "input", *(_head(metric) for metric in metrics.values()), "images/s"]
+    cells = [
+        [
+            *(row["model"], row["data"], row["split"], shown(row["images"]), shown(row["input_size"][1:])),
+            *(f"{row[name]:.{metric.digits}f}" if name in row else "-" for name, metric in metrics.items()),
+            f"{row['images_per_second']:.0f}",
+        ]
+        for row in rows
+    ]
+    print_table(head, cells, right=(3, *range(5, len(head))))
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """The metrics that rows have, of any task."""
+    from ..tasks import TASKS, Metric
+
+    known = {name: metric for task in TASKS.values() for name, metric in task.metrics.items()}
+    known["loss"] = Metric("loss", higher_is_better=False, digits=4)
+    return {name: metric for name, metric in known.items() if any(name in row for row in rows)}
+
+
+def _head(metric: Metric) -> str:
+    return f"{metric.title}, {metric.unit}" if metric.unit else metric.title
+
+
+def _plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a spreadsheet: sizes as 3x224x224."""
+    return [{**row, "input_size": "x".join(map(str, row["input_size"]))} for row in rows]
