@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from effvit_zoo import hub
 from effvit_zoo.config import section
-from effvit_zoo.data import DataSplits, open_measured, open_splits
+from effvit_zoo.data import open_measured, open_splits
 from effvit_zoo.tasks import Evaluation, Metric, Section, Table, Task, mean_over_images
 from effvit_zoo.tasks._augment import ImageAugment, image_transforms
 
@@ -54,13 +55,15 @@ class Brightness(Task):
 
     @classmethod
     def open_splits(cls, data, img_mode):
-        splits = open_splits(data.root, val_fraction=data.val_fraction, seed=data.split_seed, img_mode=img_mode)
-        return DataSplits(Labelled(splits.train), Labelled(splits.val), splits.record)
+        splits = open_splits(
+            data.root, val_fraction=data.val_fraction, split_seed=data.split_seed, img_mode=img_mode
+        )
+        return replace(splits, train=Labelled(splits.train), val=Labelled(splits.val))
 
     @classmethod
     def open_measured(cls, data, split, record, img_mode):
         measured = open_measured(data.root, split, record=record, img_mode=img_mode)
-        return type(measured)(**{**vars(measured), "source": Labelled(measured.source)})
+        return replace(measured, source=Labelled(measured.source))
 
     @classmethod
     def for_training(cls, config, augment, splits):

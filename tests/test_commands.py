@@ -40,6 +40,13 @@ def test_train_py_is_the_command(capsys):
         train.main(["--epochs", "3"])
 
 
+def test_the_help_of_train_lists_all_settings(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("--resume", "optim.lr", "train.batch_size", "data.root"):
+        assert name in text
+
+
 def test_train_keeps_freed_memory_for_the_process(monkeypatch):
     set_up = []
     monkeypatch.setattr("effvit_zoo.measure.allocator.keep_freed_memory", lambda: set_up.append(True))
@@ -198,7 +205,7 @@ def test_one_model_is_printed_with_its_sections(measured, capsys):
     validated(measured)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{measured[0]} on {measured[1]} (")
-    assert [line.split()[0] for line in lines if line.split()[:1] in (["blue"], ["red"])] == ["blue", "red"]
+    assert sorted([line.split()[0] for line in lines if line.split()[:1] in (["blue"], ["red"])]) == ["blue", "red"]
     assert lines[-1].startswith("top-1 ")
     assert " on 7 images, " in lines[-1]
 

@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tarfile
+import tracemalloc
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +22,19 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision.datasets import FashionMNIST
 
-from effvit_zoo.data import splits as data
-from effvit_zoo.data.images import BadImage
-from effvit_zoo.data.splits import open_source, open_splits
+from effvit_zoo.data import (
+    BadImage,
+    DataSplits,
+    ImageSource,
+    Source,
+    open_measured,
+    open_source,
+    open_splits,
+    record_of,
+)
+from effvit_zoo.data.roots import Kind, fashion_mnist, timm_sets
+from effvit_zoo.data.sources import FilePaths
+from effvit_zoo.data.splits import hold_out
 from effvit_zoo.errors import UserError
 
 ASSETS = files("effvit_zoo").joinpath("assets")
@@ -101,10 +112,12 @@ def test_drawing_is_by_hash_and_balanced(tmp_path):
         draw.draw_mosaic(str(tmp_path))
 
 
-@pytest.mark.skipif(not Path(data.DEBIAN_FOLDER).is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.skipif(
+    not Path(fashion_mnist.DEBIAN_FOLDER).is_dir(), reason="needs Debian's package dataset-fashion-mnist"
+)
 def test_drawing_again_gives_the_embedded_images():
     with Image.open(ASSETS.joinpath("fashion_mnist_mini.png").open("rb")) as image:
-        assert np.array_equal(draw_module().draw_mosaic(data.DEBIAN_FOLDER), np.asarray(image))
+        assert np.array_equal(draw_module().draw_mosaic(fashion_mnist.DEBIAN_FOLDER), np.asarray(image))
     full = open_splits("builtin:fashion-mnist")
     assert (len(full.train), len(full.val)) == (60_000, 10_000)
 
@@ -122,7 +135,7 @@ def test_full_set_comes_from_the_folder_given_or_from_the_environment(tmp_path, 
 
 
 def test_full_set_that_is_nowhere_names_the_three_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", str(tmp_path / "none"))
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("EFFVIT_ZOO_DATA", raising=False)
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
@@ -184,15 +197,15 @@ def test_a_class_called_train_is_a_class(tmp_path):
 
 def test_one_folder_is_split_by_seed_in_each_class(tmp_path):
     fill(tmp_path, {"a": 40, "b": 2, "c": 1, "d": 11})
-    splits = open_splits(tmp_path, val_fraction=0.25, seed=3)
+    splits = open_splits(tmp_path, val_fraction=0.25, split_seed=3)
     assert np.bincount(splits.val.targets, minlength=4).tolist() == [10, 1, 0, 3]
     assert np.bincount(splits.train.targets).tolist() == [30, 1, 1, 8]
     assert inside(splits.train, tmp_path) | inside(splits.val, tmp_path) == inside(open_source(tmp_path), tmp_path)
     assert not inside(splits.train, tmp_path) & inside(splits.val, tmp_path)
     for part in ("train", "val"):
-        again = open_source(tmp_path, part, val_fraction=0.25, seed=3)
+        again = open_source(tmp_path, part, val_fraction=0.25, split_seed=3)
         assert names(again) == names(getattr(splits, part))
-    assert names(open_splits(tmp_path, val_fraction=0.25, seed=4).val) != names(splits.val)
+    assert names(open_splits(tmp_path, val_fraction=0.25, split_seed=4).val) != names(splits.val)
     everything = open_splits(tmp_path, val_fraction=0.999)
     assert np.bincount(everything.train.targets).tolist() == [1, 1, 1, 1]
 
@@ -238,7 +251,7 @@ def test_names_that_are_hard_to_write(tmp_path):
     assert all(source.load(i)[0].size == (6, 5) for i in range(len(source)))
 
 
-def test_folder_reads_pictures_as_images_does(tmp_path):
+def test_folder_reads_images_as_open_image_does(tmp_path):
     root = fill(tmp_path, {"a": 1, "b": 1})
     Image.new("RGBA", (3, 4), (255, 0, 0, 0)).save(root / "a" / "0.png")
     Image.fromarray(np.full((2, 2), 257 * 90, dtype=np.uint16)).save(root / "b" / "0.png")
@@ -269,8 +282,8 @@ def test_undecodable_files_are_named_when_loaded(tmp_path, monkeypatch):
     source = open_source(root)
     reasons = {
         "cut": "truncated",
-        "empty": "not a picture",
-        "text": "not a picture",
+        "empty": "not an image",
+        "text": "not an image",
         "gone": "No such file",
         "large": "bomb",
     }
@@ -643,9 +656,258 @@ def test_tfds_goes_through_timms_reader(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", Tfds)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(data, "create_dataset", create_dataset)
+    monkeypatch.setattr(timm_sets, "create_dataset", create_dataset)
     splits = open_splits("tfds/toy@/data")
     assert splits.val.title == "tfds/toy@/data test"
     (image, target), (bad, bad_target) = splits.train
     assert (image.getpixel((0, 0)), target) == ((9, 9, 9), 1)
     assert (type(bad), bad.name, bad_target) == (BadImage, "tfds/toy@/data train[1]", 0)
+
+
+# Measuring a model: its training images are never among what is measured
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """An undivided folder of images with names of their own, its splits, and the record after a trip through JSON."""
+    root = fill(tmp_path / "photos", {"cat": 0, "dog": 0, "eel": 0})
+    for number in range(90):
+        picture(number).save(root / ("cat", "dog", "eel")[number % 3] / f"img_{number:03}.png")
+    splits = open_splits(root, val_fraction=0.2, split_seed=5)
+    return root, splits, stored(splits)
+
+
+def stored(splits, published=False):
+    """A model folder's record of its data; the Hub's copy of it doesn't know absolute paths."""
+    record = json.loads(json.dumps(splits.record))
+    if published:
+        record = {key: Path(v).name if str(v).startswith("/") else v for key, v in record.items() if key != "path"}
+    return record_of({"data": record})
+
+
+def measured(root, record, split="auto"):
+    """Relative names of what is measured, and what it is called."""
+    found = open_measured(root, split, record=record)
+    assert found.images == len(found.source)
+    return {found.source.relative_name(i) for i in range(len(found.source))}, found.split
+
+
+def relative(source):
+    return {source.relative_name(i) for i in range(len(source))}
+
+
+def test_every_spelling_of_the_folder_gives_the_held_out_part(trained, tmp_path, monkeypatch):
+    root, splits, record = trained
+    link, moved = tmp_path / "link", tmp_path / "elsewhere" / "renamed"
+    link.symlink_to(root)
+    shutil.copytree(root, moved)
+    want = relative(splits.val), "held-out part"
+    assert len(want[0]) == 18
+    monkeypatch.chdir(tmp_path)
+    for spelling in (root, f"{root}/", "photos", "photos/", "./photos", "elsewhere/../photos", link, moved):
+        assert measured(spelling, record) == want
+        assert measured(spelling, stored(splits, published=True)) == want
+        assert measured(spelling, record, "val")[0] == want[0]
+    monkeypatch.chdir(root)
+    assert measured(".", record) == want
+    assert measured(root, record, "all") == (relative(open_source(root)), "all")
+    assert open_measured(moved, record=record).fingerprint == record["val"]["names"]
+    tar = pack(root, tmp_path / "photos.tar", "")
+    assert measured(tar, record) == want
+
+
+def test_added_and_removed_images_move_no_training_image_into_the_held_out_part(trained):
+    root, splits, record = trained
+    trained_on, held_out = relative(splits.train), relative(splits.val)
+    for number in range(300):
+        picture(number).save(root / "cat" / f"new_{number}.png")
+    fill(root, {"fox": 4})
+    for name in sorted(held_out)[:5]:
+        (root / os.fsdecode(name)).unlink()
+    names, shown = measured(root, record)
+    assert shown == "held-out part"
+    assert names - held_out
+    assert not names & trained_on
+    assert names >= set(sorted(held_out)[5:])
+    assert not measured(root, record, "val")[0] & trained_on
+
+
+def test_folders_around_or_inside_the_training_folder_are_refused(trained, tmp_path):
+    root, _, record = trained
+    shutil.move(root, tmp_path / "outer" / "train")
+    for published in (False, True):
+        record = record | {"path": None} if published else record
+        with pytest.raises(UserError, match=r"about \d+ of the 90 images in .*outer have names of images .*--split"):
+            measured(tmp_path / "outer", record)
+    for number in range(8):
+        fill(tmp_path / "deep" / "a", {f"{number}/x": 2, f"{number}/y": 2})
+    record = stored(open_splits(tmp_path / "deep"))
+    with pytest.raises(UserError, match=r"of the 32 images in .*deep/a have names of images"):
+        measured(tmp_path / "deep" / "a", record)
+
+
+def test_other_data_is_measured_whole_or_by_its_own_split(trained, tmp_path):
+    _, _, record = trained
+    whole = fill(tmp_path / "other", {"cat": 3, "dog": 2})
+    assert measured(whole, record) == (relative(open_source(whole)), "all")
+    assert measured(whole, None) == (relative(open_source(whole)), "all")
+    divided = fill(tmp_path / "divided", {"train/a": 3, "train/b": 2, "val/a": 1, "val/b": 1})
+    assert measured(divided, record)[1] == measured(divided, None)[1] == "val"
+    assert open_measured("builtin:fashion-mnist-mini", record=record).split == "test"
+    with pytest.raises(UserError, match="no split 'all' in"):
+        open_measured(divided, "all")
+    emptied = fill(tmp_path / "moved", {"cat": 1, "dog": 1})
+    with pytest.raises(
+        UserError, match=r"none of the images that training held out: choose by --split, e\.g\. --split all"
+    ):
+        measured(emptied, record | {"path": str(emptied), "held_out": {}})
+
+
+@pytest.fixture
+def divided(tmp_path):
+    """Train, val and test folders in which names are numbers that begin with 0 in each folder, and a record that names `test`."""
+    counts = {"train": 8, "val": 4, "test": 5}
+    root = fill(tmp_path / "set", {f"{split}/{label}": n for split, n in counts.items() for label in "ab"})
+    return root, stored(open_splits(root, val_split="test"))
+
+
+def test_the_recorded_split_of_a_divided_folder(divided, tmp_path):
+    root, record = divided
+    assert record["train_split"] == "train"
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    want = relative(open_source(root, "test")), "test"
+    for place in (root, f"{root}/", moved):
+        assert measured(place, record) == want
+        assert measured(place, record | {"path": None}) == want
+        assert measured(place, record, "val")[1] == "val"
+    assert measured(root / "test", record) == (want[0], "all")
+    assert measured(moved / "test", record) == (want[0], "all")
+    shutil.rmtree(moved / "test")
+    assert measured(moved, record)[1] == "val"
+
+
+def test_the_training_split_itself_is_refused(divided, tmp_path):
+    root, record = divided
+    flattened = tmp_path / "flattened"
+    shutil.copytree(root / "train", flattened)
+    for label in "ab":
+        for path in (root / "test" / label).iterdir():
+            shutil.copy(path, flattened / label / f"test_{path.name}")
+    for place, images in ((root / "train", 16), (flattened, 26)):
+        with pytest.raises(UserError, match=rf"about 16 of the {images} images in .* --split all") as caught:
+            measured(place, record | {"path": None})
+        assert "\n" not in str(caught.value)
+        assert measured(place, record, "all")[1] == "all"
+
+
+def test_splits_with_equal_names_are_told_apart_by_path_only(tmp_path):
+    root = fill(tmp_path / "set", {f"{split}/{label}": 3 for split in ("train", "val") for label in "ab"})
+    record = stored(open_splits(root))
+    assert record["train"]["sketch"] == ""
+    assert measured(root / "val", record)[1] == "all"
+    for place, known in ((root / "train", record), (root / "val", record | {"path": None})):
+        with pytest.raises(UserError, match="about 6 of the 6 images in"):
+            measured(place, known)
+
+
+def test_data_that_is_no_folder_is_recognised_by_its_root(tmp_path, hub_cache):
+    splits = open_splits("builtin:fashion-mnist-mini")
+    assert measured("builtin:fashion-mnist-mini", stored(splits)) == (relative(splits.val), "test")
+    photos = fill(tmp_path / "photos", {"train/cat": 6, "train/dog": 4})
+    root = f"hfds/{photos}@{hub_cache}"
+    splits = open_splits(root, val_fraction=0.3)
+    assert measured(root, stored(splits)) == (relative(splits.val), "held-out part")
+    tar = pack(fill(tmp_path / "b", {"cat": 9, "dog": 9}), tmp_path / "b.tar")
+    splits = open_splits(tar)
+    moved = shutil.move(tar, tmp_path / "c.tar")
+    assert measured(moved, stored(splits)) == (relative(splits.val), "held-out part")
+    fill(tmp_path / "b", {"cat": 10})
+    with pytest.raises(UserError, match=r"c\.tar has changed since the model was trained .* --split all"):
+        measured(pack(tmp_path / "b", tmp_path / "c.tar"), stored(splits))
+
+
+def test_streams_are_recognised_by_their_root(tmp_path):
+    root = f"wds/{shards(tmp_path / 'shards')}"
+    splits = open_splits(root, val_split="train")
+    record = record_of({"data": json.loads(json.dumps(splits.record))})
+    found = open_measured(root, record=record)
+    assert (found.split, found.images, found.fingerprint) == ("train", 8, "")
+    assert open_measured(root).split == "validation"
+
+
+def test_records_of_earlier_versions(trained, divided, tmp_path, monkeypatch):
+    root, _, _ = trained
+    monkeypatch.chdir(tmp_path)
+    want = relative(open_splits(root, val_fraction=0.2, split_seed=5).val), "held-out part"
+    for written, given in (("photos", "photos"), ("photos", "./photos/"), (str(root), "photos"), ("photos", root)):
+        record = record_of({"data": written, "seed": 5, "val_fraction": 0.2, "top1": 90.0})
+        assert measured(given, record) == want
+    shutil.copytree(root, tmp_path / "copy" / "photos")
+    for given in ("copy/photos", tmp_path / "copy" / "photos"):
+        with pytest.raises(
+            UserError, match=r"is the folder photos that the model was trained on is not known: .*--split all"
+        ):
+            measured(given, record)
+        assert measured(given, record, "all")[1] == "all"
+    other = fill(tmp_path / "other", {"cat": 3, "dog": 2})
+    assert measured(other, record)[1] == "all"
+    assert measured(divided[0], record_of({"data": "elsewhere/set", "seed": 0, "val_fraction": 0.1}))[1] == "val"
+    assert record_of({"top1": 90.0}) is None
+
+
+def test_hold_out_by_groups_of_any_source_and_a_table_of_kinds_of_its_own(tmp_path):
+    """What a task whose targets are no classes needs of this room."""
+
+    class Depths(Source):
+        title = "depths"
+
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def load(self, index):
+            return picture(int(self.rows[index])), float(self.rows[index])
+
+        def name(self, index):
+            return f"depths/{self.rows[index]}"
+
+        def relative_name(self, index):
+            return f"{self.rows[index]}.png".encode()
+
+        def select(self, rows):
+            return Depths(self.rows[rows])
+
+    kinds = {"folder": Kind(lambda request: (), lambda request, split: Depths(np.arange(50)), free_form=False)}
+    splits = open_splits(tmp_path, kinds=kinds)
+    assert (len(splits.train), len(splits.val)) == (45, 5)
+    assert list(splits.record["held_out"]) == ["0"]
+    found = open_measured(f"{tmp_path}/", record=stored(splits), kinds=kinds)
+    assert (relative(found.source), found.split) == (relative(splits.val), "held-out part")
+    assert splits.val.image(0)[0] == splits.val.name(0)
+
+
+def test_a_defect_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    root = fill(tmp_path, {"a": 1, "b": 1})
+    source = open_source(root)
+    monkeypatch.setattr("effvit_zoo.data.roots.folder.natural_order", lambda names: len(None))
+    with pytest.raises(TypeError):
+        open_source(root)
+    monkeypatch.setattr(type(source), "_row", lambda self, index: index.row)
+    with pytest.raises(AttributeError):
+        source.load(0)
+
+
+def test_names_of_a_million_files_stay_small():
+    paths = FilePaths("/data", [f"class_{i % 1000:03}/{i:07}.jpg" for i in range(200_000)])
+    source = ImageSource("/data", paths, tuple(map(str, range(1000))), np.arange(200_000, dtype=np.int32) % 1000)
+    assert len(pickle.dumps(source)) < 40 * len(source)
+    splits = DataSplits(*hold_out(source, 0.1, 0)[:2])
+    tracemalloc.start()
+    record = splits.record
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * len(source)
+    assert len(json.dumps(record)) < 5000

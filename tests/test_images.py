@@ -1,4 +1,4 @@
-"""Picture files of every kind come out upright, RGB and of the right brightness, or are refused by name."""
+"""Image files of every kind come out upright, RGB and of the right brightness, or are refused by name."""
 
 import io
 import pickle
@@ -94,7 +94,7 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert list(find_images([tmp_path])) == [tmp_path / "a.png", tmp_path / "b/2.JPG"]
     assert list(find_images([tmp_path / "notes.txt"])) == [tmp_path / "notes.txt"]  # named, so it is to be read
-    with pytest.raises(BadImage, match="no picture"):
+    with pytest.raises(BadImage, match="no image"):
         list(find_images([tmp_path / "empty"]))
     with pytest.raises(BadImage, match="no such file"):
         list(find_images([tmp_path / "gone"]))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from effvit_zoo.data.images import BadImage
-from effvit_zoo.data.loader import BatchPlan, Key, KeyedImages, collate, make_loader, mix_seed
+from effvit_zoo.data import BadImage, Batch, readable
+from effvit_zoo.data.loader import SampleDataset, collate, make_loader
+from effvit_zoo.data.plan import BatchPlan, Key, mix_seed
 from effvit_zoo.errors import UserError
 
 
@@ -88,20 +89,19 @@ class Grey:
         return f"{index}.png"
 
 
-def noisy(image):
-    return (
-        torch.from_numpy(np.array(image)).permute(2, 0, 1).float() + random.random() + np.random.rand() + torch.rand(())
-    )
+def noisy(image, target):
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return pixels + random.random() + np.random.rand() + torch.rand(()), target
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_augmentation_does_not_depend_on_workers_or_order(num_workers):
-    dataset = KeyedImages(Grey(), noisy, seed=7, replace_bad=True)
+    dataset = SampleDataset(Grey(), noisy, seed=7, replace_bad=True)
     keys = [[(2, index)] for index in (5, 0, 9, 4)]
-    got = {int(batch["index"]): batch["image"] for batch in make_loader(dataset, keys, num_workers)}
+    got = {int(batch.index): batch.image for batch in make_loader(dataset, keys, num_workers)}
     for index in (0, 4, 5, 9):
-        torch.testing.assert_close(got[index], dataset[2, index]["image"][None], rtol=0, atol=0)
-    assert not torch.equal(dataset[2, 0]["image"], dataset[3, 0]["image"])
+        torch.testing.assert_close(got[index], dataset[2, index].image[None], rtol=0, atol=0)
+    assert not torch.equal(dataset[2, 0].image, dataset[3, 0].image)
 
 
 def test_every_step_draws_its_size():
@@ -118,15 +118,44 @@ def test_every_step_draws_its_size():
         drawn.append([step[0].size for step in keys])
     assert drawn[0][:8] == drawn[1][:8]
     assert set(drawn[0]) == set(sizes)
-    images = KeyedImages(Grey(), noisy, seed=7, replace_bad=True, sized={160: lambda image: torch.zeros(3, 160, 160)})
-    assert images[Key(0, 1, size=160)]["image"].shape[1] == 160
-    torch.testing.assert_close(images[Key(0, 1)]["image"], images[0, 1]["image"], rtol=0, atol=0)
+    images = SampleDataset(
+        Grey(), noisy, seed=7, replace_bad=True, sized={160: lambda image, target: (torch.zeros(3, 160, 160), target)}
+    )
+    assert images[Key(0, 1, size=160)].image.shape[1] == 160
+    torch.testing.assert_close(images[Key(0, 1)].image, images[0, 1].image, rtol=0, atol=0)
 
 
 def test_unreadable_images_are_replaced_or_left_out():
-    replaced = collate([KeyedImages(Grey(), noisy, seed=1, replace_bad=True)[0, index] for index in range(12)])
-    assert replaced["target"].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
-    left_out = collate([KeyedImages(Grey(), noisy, seed=None, replace_bad=False)[0, index] for index in range(12)])
-    assert len(left_out["target"]) == 9
-    assert replaced["bad"] == left_out["bad"] == [(f"{index}.png", "broken") for index in (3, 7, 11)]
-    assert collate([KeyedImages(Grey(), noisy, seed=None, replace_bad=False)[0, 3]])["image"] is None
+    replaced = collate([SampleDataset(Grey(), noisy, seed=1, replace_bad=True)[0, index] for index in range(12)])
+    assert replaced.target.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    assert replaced.target.dtype == torch.int64
+    left_out = collate([SampleDataset(Grey(), noisy, seed=None, replace_bad=False)[0, index] for index in range(12)])
+    assert len(left_out) == len(left_out.target) == 9
+    assert replaced.bad == left_out.bad == tuple((f"{index}.png", "broken") for index in (3, 7, 11))
+
+
+def test_only_batches_with_images_leave_the_loader():
+    dataset = SampleDataset(Grey(), noisy, seed=None, replace_bad=False)
+    nothing = collate([dataset[0, 3]])
+    assert (len(nothing), len(nothing.image), len(nothing.target)) == (0, 0, 0)
+    bad = []
+    batches = list(readable(make_loader(dataset, [[(0, 3)], [(0, 4), (0, 7)], [(0, 5)]], 0), bad.extend))
+    assert [batch.index.tolist() for batch in batches] == [[4], [5]]
+    assert bad == [("3.png", "broken"), ("7.png", "broken")]
+
+
+def test_targets_of_any_nesting_move_with_their_images():
+    samples = [({"mask": torch.full((2, 2), n), "sizes": (n, float(n))}, n) for n in range(3)]
+
+    class Nested(Grey):
+        def load(self, index):
+            return Image.new("RGB", (4, 4)), samples[index][0]
+
+    dataset = SampleDataset(Nested(), noisy, seed=None, replace_bad=False)
+    batch = collate([dataset[0, index] for index in range(3)])
+    moved = batch.to("meta", channels_last=True)
+    assert isinstance(moved, Batch)
+    assert moved.image.is_contiguous(memory_format=torch.channels_last)
+    assert (moved.target["mask"].shape, moved.target["mask"].device.type) == ((3, 2, 2), "meta")
+    assert [part.device.type for part in moved.target["sizes"]] == ["meta", "meta"]
+    assert (moved.index.tolist(), batch.target["sizes"][0].tolist()) == ([0, 1, 2], [0, 1, 2])

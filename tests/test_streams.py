@@ -12,9 +12,9 @@ from PIL import Image
 from runs import summary, train_small
 
 from effvit_zoo.cli import main as effzoo
-from effvit_zoo.data.loader import BatchPlan
-from effvit_zoo.data.splits import open_splits
-from effvit_zoo.data.streams.batches import StreamFeed
+from effvit_zoo.data import Transforms, open_splits
+from effvit_zoo.data.feed import StreamFeed
+from effvit_zoo.data.plan import BatchPlan
 from effvit_zoo.data.streams.shards import PREPARED_SHARD, shuffled
 from effvit_zoo.errors import UserError
 
@@ -37,7 +37,7 @@ def png(number, size=4):
 
 
 def write_shards(folder, info=True, lengths=LENGTHS, broken=(), size=4):
-    """Tars in webdataset's layout of pictures that are each of a colour of its own; of `broken` ones half the bytes are there."""
+    """Tars in webdataset's layout of images that are each of a colour of its own; of `broken` ones half the bytes are there."""
     folder.mkdir()
     first, splits = 0, {}
     for split, counts in lengths.items():
@@ -105,20 +105,18 @@ def roots(tmp_path_factory):
     }
 
 
-def red(image):
-    return torch.tensor(float(image.getpixel((0, 0))[0]))
+def red(image, target):
+    return torch.tensor(float(image.getpixel((0, 0))[0])), target
 
 
 def make_feed(root, train, val, processes=1, workers=0, grad_accum=1, batch=BATCH, download=False):
     splits = open_splits(root, train_split=train, val_split=val, class_map=CLASSES, download=download)
-    return StreamFeed(
-        splits.train, splits.val, (red, red), batch, processes, grad_accum, 0, ("even", "odd"), {}, workers
-    )
+    return StreamFeed(splits, Transforms(red, red), batch, processes, grad_accum, 0, {}, workers)
 
 
 def colours(batches):
     """The numbers of the images in each batch."""
-    return [[] if batch["image"] is None else batch["image"].int().tolist() for batch in batches]
+    return [batch.image.int().tolist() for batch in batches]
 
 
 def flat(batches):
@@ -206,12 +204,12 @@ def test_a_cut_epoch_goes_on_where_it_was(roots, kind, workers):
 
 
 def test_augmentation_depends_on_the_place_only(roots):
-    def noise(image):
-        return red(image) + torch.rand(()) / 2
+    def noise(image, target):
+        return red(image, target)[0] + torch.rand(()) / 2, target
 
     def numbers(feed, start):
-        object.__setattr__(feed, "transforms", (noise, noise))
-        return [batch["image"].tolist() for batch in feed.train_batches(0, start, feed.steps_per_epoch)]
+        object.__setattr__(feed, "transforms", Transforms(noise, noise))
+        return [batch.image.tolist() for batch in feed.train_batches(0, start, feed.steps_per_epoch)]
 
     first, again = (numbers(make_feed(*roots["info"], workers=2), start) for start in (0, 3))
     assert first[3:] == again
@@ -239,7 +237,7 @@ def test_a_broken_image_is_named_and_shifts_no_other(tmp_path, kind, workers):
         assert [len(share) for share in images] == [sum(feed.plan.batch_sizes(process)) for process in range(processes)]
         assert len(flat(images)) == 28
         assert set(flat(images)) == set(TRAIN) - {broken}  # its place has gone to another image
-        bad = {entry[0] for entry in flat(batch["bad"] for batch in flat(batches))}
+        bad = {entry[0] for entry in flat(batch.bad for batch in flat(batches))}
         assert bad == {name}
 
 
@@ -254,13 +252,13 @@ def test_a_cut_shard_costs_its_own_images_only(tmp_path):
         feed.plan.batch_sizes(process) for process in range(2)
     ]
     assert set(flat(flat(map(colours, batches)))) == set(TRAIN) - set(range(9, 20))
-    bad = {entry for share in batches for batch in share for entry in batch["bad"]}
+    bad = {entry for share in batches for batch in share for entry in batch.bad}
     shard = str(folder / "train-2.tar")
     assert bad == {(f"{shard}/0009", "has no cls"), (shard, "has fewer than 12 samples that can be read")}
     validated = [list(feed.val_batches(process)) for process in range(2)]
     assert [len(share) for share in validated] == [2, 2]
     assert sorted(flat(flat(map(colours, validated)))) == [number for number in VAL if number != 34]
-    bad = [entry for share in validated for batch in share for entry in batch["bad"]]
+    bad = [entry for share in validated for batch in share for entry in batch.bad]
     assert bad == [(str(folder / "validation-1.tar/0034"), "has no cls")]
 
 
@@ -269,7 +267,7 @@ def test_a_share_without_a_readable_image(tmp_path):
     feed = make_feed(f"wds/{folder}", "train", "validation", batch=2)
     batches = list(feed.train_batches(0, 0, feed.steps_per_epoch))
     assert colours(batches) == [[], []]
-    assert len({name for batch in batches for name, _ in batch["bad"]}) == 3
+    assert len({name for batch in batches for name, _ in batch.bad}) == 3
 
 
 def test_wrong_numbers_are_told(roots, tmp_path):
@@ -293,7 +291,7 @@ def test_a_training_stream_can_leave_no_class_out(roots):
     root, train, val = roots["info"]
     splits = open_splits(root, train_split=train, val_split=val, class_map={"odd": 0, "other": 1})
     with pytest.raises(UserError, match="has classes that the class map leaves out"):
-        StreamFeed(splits.train, splits.val, (red, red), BATCH, 1, 1, 0, ("odd", "other"), {}, 0)
+        StreamFeed(splits, Transforms(red, red), BATCH, 1, 1, 0, {}, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from effvit_zoo.data.splits import DEBIAN_FOLDER, MINI_IMAGES_PER_CLASS, TILE, TILES_PER_ROW, read_fashion_mnist
+from effvit_zoo.data.roots.fashion_mnist import (
+    DEBIAN_FOLDER,
+    MINI_IMAGES_PER_CLASS,
+    TILE,
+    TILES_PER_ROW,
+    read_fashion_mnist,
+)
 from effvit_zoo.errors import UserError, run_command
 
 SEED = 0

@@ -30,7 +30,8 @@ from .. import hub, run_folder
 from ..attention.token_select import number_selected, select_tokens, token_importance
 from ..data import Batch, Feed, readable
 from ..errors import UserError
-from ..export import installed_runtimes, run_in
+from ..export import TARGETS
+from ..export.deployed import run_in
 from ..measure import cost
 from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
             f"{processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
             f"torch {torch.__version__}, batch {args.batch_size}"
         )
-        runtimes = installed_runtimes() if args.runtimes is None else args.runtimes
+        installed = [name for name, target in TARGETS.items() if target.installed and target.export is not None]
+        runtimes = installed if args.runtimes is None else args.runtimes
         rows = []
         for side in args.img_sizes:
             console.print(f"timing {side} pixels", style="dim")

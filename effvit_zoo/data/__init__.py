@@ -1,1 +1,30 @@
 """From files to batches: roots, sources, splits, the order of samples, loaders."""
+
+from .config import DataConfig as DataConfig
+from .duplicates import DUPLICATES_UP_TO as DUPLICATES_UP_TO
+from .duplicates import duplicates as duplicates
+from .feed import Feed as Feed
+from .feed import make_feed as make_feed
+from .feed import validation_batches as validation_batches
+from .images import MODES as MODES
+from .images import BadImage as BadImage
+from .images import find_images as find_images
+from .images import open_image as open_image
+from .loader import Batch as Batch
+from .loader import readable as readable
+from .measured import Measured as Measured
+from .measured import open_measured as open_measured
+from .plan import seed_everything as seed_everything
+from .plan import worker_count as worker_count
+from .record import record_of as record_of
+from .sources import AnySource as AnySource
+from .sources import ImageSource as ImageSource
+from .sources import Source as Source
+from .splits import DataSplits as DataSplits
+from .splits import open_source as open_source
+from .splits import open_splits as open_splits
+from .streams.source import StreamSource as StreamSource
+from .transforms import Transform as Transform
+from .transforms import Transforms as Transforms
+from .transforms import image_only as image_only
+from .transforms import validation_transform as validation_transform

@@ -1,45 +1,49 @@
-"""Picture files as what a network expects: upright, three channels, eight bits.
+"""Image files as what a network expects: upright, three channels, eight bits.
 
-One function, `open_image`, and the one error it raises. Training, validation and prediction all read through it, so that
-a picture means the same everywhere: EXIF orientation applied, transparency laid on white, 16-bit and float greys scaled
-rather than clipped, CMYK and palettes converted. Of an animation the first frame is read.
+Training, validation and prediction all decode through `decode` (`open_image` for a file by its name), so that an image means
+the same everywhere: EXIF orientation applied, transparency composited on white, 16-bit and float greys scaled rather than
+clipped, CMYK and palettes converted, the first frame of an animation. The one error is `BadImage`.
 """
 
 from __future__ import annotations
 
 import struct
+import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
-# What Pillow's decoders raise on damaged files, besides OSError (of which UnidentifiedImageError is one).
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
+    LookupError,
+    ArithmeticError,
     EOFError,
-    IndexError,
-    KeyError,
     TypeError,
-    OverflowError,
+    RuntimeError,
+    AssertionError,
     MemoryError,
     struct.error,
     zlib.error,
+    tarfile.TarError,
     Image.DecompressionBombError,
 )
+"""What Pillow, archives and tables raise for damaged data."""
 
 
 class BadImage(UserError):
-    """A file that is no readable picture; `name` and `reason` say which and why."""
+    """A file that is not a readable image; `name` and `reason` say which and why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"cannot read image {name}: {reason}")
@@ -47,36 +51,71 @@ class BadImage(UserError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        return type(self), (self.name, self.reason)  # data loader workers send their errors through pickle
+        return type(self), (self.name, self.reason)  # loader workers send their errors through pickle
+
+
+def decode_reason(error: Exception) -> str:
+    """Why data could not be decoded, on one line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a known format"
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+@contextmanager
+def decoding(name: str | Callable[[], str]) -> Iterator[None]:
+    """Turns what decoders raise inside the block into a `BadImage`.
+
+    Args:
+        name: Name of the image, or a function that returns it, where finding the name is expensive.
+    """
+    try:
+        yield
+    except DECODE_ERRORS as error:
+        raise BadImage(name if isinstance(name, str) else name(), decode_reason(error)) from error
 
 
 def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Reads one picture completely into an upright 8-bit RGB image.
+    """Reads one image file completely into an upright 8-bit RGB image.
 
     Args:
-        source: Path, or a binary file object positioned at the start of the picture.
-        name: What to call it in an error; default the path.
+        source: Path, or a binary file object positioned at the start of the image.
+        name: Name for error messages; default the path.
 
     Raises:
-        BadImage: The file is missing, empty, damaged, too large to be sane, or no picture.
+        BadImage: The file is missing, empty, damaged, implausibly large, or not an image.
     """
-    name = name or str(source if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>"))
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return to_rgb(image)
-    except Image.UnidentifiedImageError:
-        raise BadImage(name, "not a picture in a known format") from None
-    except _DECODE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadImage(name, " ".join(reason.split())) from error
+    with decoding(name or str(source if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>"))):
+        return _read(source)
+
+
+def decode(item: Any, mode: str = "RGB") -> Image.Image:
+    """An upright 8-bit image from an open file (which is closed), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tuple that
+    starts with one of them. Raises any of `DECODE_ERRORS`.
+
+    Args:
+        item: The image.
+        mode: "RGB" or "L".
+    """
+    item = item[0] if isinstance(item, tuple) else item
+    if hasattr(item, "read"):
+        with item as file:
+            image = _read(file)
+    else:
+        image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _read(source: str | Path | BinaryIO) -> Image.Image:
+    with Image.open(source) as image:
+        image.load()
+        return to_rgb(image)
 
 
 def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
-    """Files as given, and every picture (by suffix, any case) below the folders, sorted; hidden files are left out.
+    """Files as given, and every image (by suffix, any case) below the folders, sorted; hidden files are skipped.
 
     Raises:
-        BadImage: A path does not exist, or a folder holds no picture.
+        BadImage: A path does not exist, or a folder contains no image.
     """
     for path in map(Path, paths):
         if not path.exists():
@@ -90,20 +129,20 @@ def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUF
             if p.suffix.lower() in suffixes and not any(part.startswith(".") for part in p.relative_to(path).parts)
         )
         if not found:
-            raise BadImage(str(path), f"the folder holds no picture ({' '.join(suffixes)})")
+            raise BadImage(str(path), f"the folder contains no image ({' '.join(suffixes)})")
         yield from found
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; a damaged EXIF block says nothing about the pixels and is passed over."""
+    """Applies the EXIF orientation; a damaged EXIF block is ignored."""
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:
+    except DECODE_ERRORS:
         return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any mode as an upright 8-bit RGB image."""
+    """A loaded image of any mode as an upright 8-bit RGB image."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()  # detached from the file, which closes on return
@@ -119,7 +158,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:
-    """Greys of more than 8 bits, (H, W), to 8: Pillow's own conversion clips at 255 and would give a white picture."""
+    """Greys of more than 8 bits, (H, W), to 8: Pillow's own conversion clips at 255 and would give a white image."""
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
     if image.mode == "F":
         scale = 255.0 if pixels.max(initial=0) <= 1 else 1.0

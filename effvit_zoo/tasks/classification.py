@@ -28,7 +28,6 @@ from ..data import (
     Transforms,
     open_measured,
     open_splits,
-    relabelled,
 )
 from ..errors import UserError
 from ..hub import CardFacts
@@ -124,7 +123,7 @@ class Classification(Task):
             train_split=data.train_split,
             val_split=data.val_split,
             val_fraction=data.val_fraction,
-            seed=data.split_seed,
+            split_seed=data.split_seed,
             img_mode=img_mode,
         )
 
@@ -153,7 +152,7 @@ class Classification(Task):
 
     def align(self, source: Source) -> Source:
         order = hub.class_order(source.class_names, self.labels, self.num_classes)
-        return relabelled(source, order, self.labels or source.class_names)
+        return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32))
 
     def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
         return image_transforms(self.augment, data_config)

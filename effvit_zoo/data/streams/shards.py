@@ -1,14 +1,13 @@
-"""Streams as sequences that can be cut anywhere, so that each sample comes once per epoch however it is shared out.
+"""Streams as sequences that can be cut anywhere, so that each sample comes once per epoch however they are distributed.
 
-An epoch's sequence is its shards one after the other, in training in an order drawn from (seed, epoch). Whoever reads places
-[low, high) of it opens only the shards that lie there and leaves the samples before `low` undecoded. timm's readers
+An epoch's sequence is its shards one after the other, in training in an order drawn from (seed, epoch). Reading the places
+[low, high) of it opens only the shards that lie there and decodes no sample before `low`. timm's readers
 (timm 1.0.31, `timm.data.readers`, Apache-2.0) find shards, columns and classes, decode webdataset's samples and set the sizes
-of the shuffle buffers. The deliberate difference: they share out whole shards, and workers with fewer images repeat theirs.
+of the shuffle buffers. The deliberate difference: they distribute whole shards, and workers with fewer images repeat theirs.
 
-How long shards are stands in webdataset's `_info.json`; local tars without one are counted (their headers are read, which the
-file saves). Of Hugging Face data sets it is known where they are prepared on the disk or made of Parquet files. Another stream
-of theirs is one long shard: exact too, but to read its end is to read up to there. Remote tars without an `_info.json` have no
-sequence.
+The lengths of shards are in webdataset's `_info.json`; the samples of local tars without one are counted, which reads their headers.
+The lengths of Hugging Face data sets are known if they are prepared on the disk or consist of Parquet files. Any other stream of
+theirs is one long shard: exact too, but reading its end means reading up to there. Remote tars without an `_info.json` have no sequence.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ from itertools import chain, groupby, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from ...errors import UserError
-from ..images import BadImage
+from ..images import DECODE_ERRORS, BadImage, decode_reason
 
 PREPARED_SHARD = 1000  # samples that stay together where a whole data set lies prepared on the disk
 READ_AHEAD = 16  # samples that are taken out of an arrow table at once
@@ -43,24 +41,24 @@ class Shards(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, shard: int) -> str:
-        """What to call a shard in a message."""
+        """Name of a shard in messages."""
 
     def samples(self, shards: Sequence[int], start: int) -> Iterator[Sample]:
         """The samples of these shards, one after the other, from place `start` on."""
 
     def decode(self, content: dict[str, Any]) -> tuple[Any, int]:
-        """Picture and class index. Raises whatever the decoder does for damaged data."""
+        """Image and class index. Raises any of `DECODE_ERRORS` for damaged data."""
 
 
 @dataclass(frozen=True)
 class ShardSequence:
-    """A split as a sequence of samples, in training another one in each epoch.
+    """A split as a sequence of samples, in training a different one in each epoch.
 
     Args:
         shards: Its shards.
-        lengths: Samples of each shard, or of all together where only that is known.
+        lengths: Samples of each shard, or the one total where only that is known.
         seed: Seed of the order; None keeps the stored one.
-        buffer: Samples in the shuffle buffer when it begins to give, and at most; without a seed there is no buffer.
+        buffer: Samples in the shuffle buffer before it yields the first, and at most; unused without a seed.
     """
 
     shards: Shards
@@ -73,9 +71,9 @@ class ShardSequence:
         return sum(self.lengths)
 
     def read(self, epoch: int, low: int, high: int, skip: int = 0) -> Iterator[tuple[Any, int]]:
-        """Pictures and class indices of the places [low, high) of an epoch's sequence, without the first `skip` of them.
+        """Images and class indices of the places [low, high) of an epoch's sequence, without the first `skip` of them.
 
-        They are shuffled within the range. A damaged or missing sample holds its place, as (`BadImage`, -1).
+        They are shuffled within the range. A damaged or missing sample keeps its place, as (`BadImage`, -1).
         """
         samples: Iterable[Sample | BadImage] = self._samples(epoch, low, high)
         if self.seed is not None:
@@ -89,8 +87,9 @@ class ShardSequence:
                 item = self.shards.decode(content)
             except UserError:
                 raise
-            except Exception as error:  # each decoder has its own for damaged data
-                item = BadImage(name, _reason(error)), -1
+            except DECODE_ERRORS as error:
+                reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else decode_reason(error)
+                item = BadImage(name, reason), -1
             yield item
 
     def _samples(self, epoch: int, low: int, high: int) -> Iterator[Sample | BadImage]:
@@ -109,22 +108,14 @@ class ShardSequence:
             low, high = low - length, high - length
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture in a known format"
-    if isinstance(error, KeyError):
-        return f"has no {error.args[0]}"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def shuffled(samples: Iterable[Any], rng: np.random.Generator, initial: int, size: int) -> Iterator[Any]:
-    """The samples in the order in which a buffer gives them, each time one at random.
+    """The samples in the order in which a shuffle buffer yields them, each time one at random.
 
     Args:
-        samples: Any number of them.
-        rng: What to draw from.
-        initial: Samples in the buffer before it gives the first.
-        size: Samples in the buffer at most; it grows while it gives.
+        samples: Samples.
+        rng: Source of the random choices.
+        initial: Samples in the buffer before it yields the first.
+        size: Largest number of samples in the buffer, which grows while it yields.
     """
     samples = iter(samples)
     buffer = list(islice(samples, initial))
@@ -144,7 +135,7 @@ def shuffled(samples: Iterable[Any], rng: np.random.Generator, initial: int, siz
 
 @dataclass(frozen=True)
 class TarShards:
-    """Tars in webdataset's layout. `decoder` is timm's, a sample's files to {"jpg": picture, "target": class index}."""
+    """Tars in webdataset's layout. `decoder` is timm's, a sample's files to {"jpg": image, "target": class index}."""
 
     urls: tuple[str, ...]
     decoder: Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -159,7 +150,7 @@ class TarShards:
         from webdataset import ignore_and_continue, tarfile_samples
 
         tars = ({"url": self.urls[shard]} for shard in shards)
-        # what a damaged tar doesn't give is missed by the sequence, and named
+        # the sequence notices and names what a damaged tar doesn't give
         for files in islice(tarfile_samples(tars, handler=ignore_and_continue), start, None):
             yield os.path.join(files["__url__"], files["__key__"]), files
 
@@ -187,7 +178,7 @@ def count_samples(path: str) -> int:
 
 
 def tar_sequence(reader: Any) -> ShardSequence | None:
-    """The sequence of timm's `ReaderWds`, None where nobody says how long its shards are. Raises `UserError`."""
+    """The sequence of timm's `ReaderWds`, None where the lengths of its shards are unknown. Raises `UserError`."""
     from timm.data.readers.reader_wds import _decode
 
     split = reader.split_info
@@ -198,14 +189,16 @@ def tar_sequence(reader: Any) -> ShardSequence | None:
             return None
         lengths = tuple(map(count_samples, urls))
     if len(lengths) != len(urls):
-        raise UserError(f"{reader.root} lists {len(urls)} shards and the lengths of {len(lengths)}: expected as many")
+        raise UserError(
+            f"{reader.root} lists {len(urls)} shards and the lengths of {len(lengths)}: expected equal numbers"
+        )
     options = {
         "image_key": reader.input_key,
         "image_mode": reader.input_img_mode,
         "target_key": reader.target_keys or reader.target_key,
         "alt_label": split.alt_label,
     }
-    inspect.signature(_decode).bind({}, **options)  # a timm that decodes in another way is told of now
+    inspect.signature(_decode).bind({}, **options)  # a timm that decodes in another way is an error now
     return ShardSequence(
         TarShards(urls, partial(_decode, **options)),
         lengths,
@@ -219,14 +212,14 @@ def tar_sequence(reader: Any) -> ShardSequence | None:
 
 @dataclass(frozen=True)
 class HubShards:
-    """Shards of a Hugging Face data set, `examples`, whose pictures are still encoded.
+    """Shards of a Hugging Face data set, `examples`, whose images are still encoded.
 
     Args:
         examples: A `datasets.Dataset` or `IterableDataset`.
         names: Name of each shard.
         target: Class index of an example.
-        image_key: Column of the pictures.
-        image: The column's feature, which decodes; None where it holds pictures already.
+        image_key: Column of the images.
+        image: The column's feature, which decodes; None where it holds decoded images.
     """
 
     examples: Any
@@ -246,19 +239,19 @@ class HubShards:
 
         parts = [self.examples.shard(num_shards=len(self), index=shard, contiguous=True) for shard in shards]
         place = start
-        # `iter`, unlike `__iter__`, doesn't share out once more by what loader worker it runs in
+        # `iter`, unlike `__iter__`, doesn't distribute once more over loader workers
         for columns in concatenate_datasets(parts).skip(start).iter(READ_AHEAD):
             for row in zip(*columns.values(), strict=True):
                 yield f"{self.name(shards[0])}[{place}]", dict(zip(columns, row, strict=True))
                 place += 1
 
     def decode(self, content: dict[str, Any]) -> tuple[Any, int]:
-        picture = content[self.image_key]
-        return picture if self.image is None else self.image.decode_example(picture), self.target(content)
+        image = content[self.image_key]
+        return image if self.image is None else self.image.decode_example(image), self.target(content)
 
 
 def hub_sequence(reader: Any) -> ShardSequence:
-    """The sequence of timm's `ReaderHfids`. Raises `UserError`, and what `datasets` does for a split that isn't there."""
+    """The sequence of timm's `ReaderHfids`. Raises `UserError`, and what `datasets` raises for a split that doesn't exist."""
     import datasets
     from timm.data.readers.targets import get_field
 
