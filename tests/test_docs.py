@@ -216,7 +216,7 @@ def smaller(arguments):
         if config.endswith("probe.yaml"):
             return arguments
         data = () if any(word.startswith("data.root=") for word in arguments) else ("data.root=photos",)
-        sizes = ["data.sizes=[64, 96]"] if any(word.startswith("data.sizes=") for word in arguments) else []
+        sizes = ["augment.sizes=[64, 96]"] if any(word.startswith("augment.sizes=") for word in arguments) else []
         return [*arguments, "--set", *RUN, *sizes, *data]
     return [*arguments, *next((more for words, more in SMALLER.items() if (*arguments[: len(words)],) == words), ())]
 
@@ -250,7 +250,7 @@ def test_settings_exist(page, tmp_path):
     known = {row.key for row in settings(RunConfig)}
     text = PAGES[page].read_text(encoding="utf-8")
     heads = "|".join(sections(RunConfig))
-    for key in re.findall(rf"[`\s']((?:{heads})\.[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
+    for key in re.findall(rf"[`\s']((?:{heads})\.(?!py\b|safetensors\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
         if block.language == "yaml" and "pipeline" not in yaml.safe_load(block.code):
