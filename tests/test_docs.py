@@ -1,7 +1,7 @@
 """README and docs: every bash and python block runs as it is printed, or the comment above it says why it can't.
 
 A page's blocks run in order in a folder that has what the page assumes (photos, a trained run). Commands get further settings that make
-them small, e.g. one epoch at 64 pixels; weights that would come from the Hub stay random. Comments in front of a block:
+them small, e.g. one epoch at 32 pixels; weights that would come from the Hub stay random. Comments in front of a block:
 
     <!-- not run: REASON -->    it is not executed here
     <!-- test: slow -->         it is executed by the slow tests only
@@ -25,9 +25,8 @@ from pathlib import Path
 import pytest
 import timm.models._builder
 import torch
-import yaml
 from PIL import Image
-from runs import ROOT, make_photos, train_small
+from runs import ROOT, make_photos
 
 from effvit_zoo.attention import TOKEN_MIXERS
 from effvit_zoo.cli import main
@@ -45,7 +44,7 @@ TRAINED = ("inference", "hub", "tosa", "target", "command", "reproducibility")
 """Names of pages that assume the run `runs/photos` of a small ViT, which another page trains."""
 
 TINY = ["train.epochs=1", "train.batch_size=8", "train.trackers=[]"]
-RUN = [*TINY, "model.pretrained=false", "data.num_workers=0", "data.img_size=64", "optim.warmup_epochs=0"]
+RUN = [*TINY, "model.pretrained=false", "data.num_workers=0", "data.img_size=32", "optim.warmup_epochs=0"]
 LATER_STAGES = [f"{stage}.{setting}" for stage in ("selectors", "finetune") for setting in TINY]
 DENSE = [*(f"dense.{setting}" for setting in TINY), "dense.optim.warmup_epochs=0"]
 PIPELINE = ["data.root=photos", "data.num_workers=0", "data.img_size=32", *LATER_STAGES]
@@ -114,7 +113,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_photos(Path("photos"), {"": {"blue": 10, "red": 10}})
-        assert train_small(Path("runs/photos"), "data.root=photos", config=ROOT / "configs/finetune.yaml", more=[]) == 0
+        command = ["train", "--config", "finetune", "--output", "runs/photos", "--set", "model.name=effzoo_vit_pico"]
+        assert main([*command, "data.root=photos", *RUN]) == 0
     return folder
 
 
@@ -216,8 +216,10 @@ def smaller(arguments):
         if config.endswith("probe.yaml"):
             return arguments
         data = () if any(word.startswith("data.root=") for word in arguments) else ("data.root=photos",)
-        sizes = ["augment.sizes=[64, 96]"] if any(word.startswith("augment.sizes=") for word in arguments) else []
+        sizes = ["augment.sizes=[32, 64]"] if any(word.startswith("augment.sizes=") for word in arguments) else []
         return [*arguments, "--set", *RUN, *sizes, *data]
+    if arguments[:1] == ["validate"] and "--data" not in arguments:
+        arguments = [*arguments, "--data", "photos"]
     return [*arguments, *next((more for words, more in SMALLER.items() if (*arguments[: len(words)],) == words), ())]
 
 
@@ -253,7 +255,7 @@ def test_settings_exist(page, tmp_path):
     for key in re.findall(rf"[`\s']((?:{heads})\.(?!py\b|safetensors\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
-        if block.language == "yaml" and "pipeline" not in yaml.safe_load(block.code):
+        if block.language == "yaml" and not block.title:
             (tmp_path / "config.yaml").write_text(block.code)
             load_config(tmp_path / "config.yaml")
 
