@@ -25,7 +25,12 @@ def one_line(error: object, limit: int = 200) -> str:
 
 
 def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
-    """A `UserError` for a name that is not in a table; names the nearest known one, or all when there are few.
+    """A `UserError` for a name that is not in a table, see `unknown_choice_text`."""
+    return UserError(unknown_choice_text(kind, got, known))
+
+
+def unknown_choice_text(kind: str, got: str, known: Sequence[str]) -> str:
+    """The message for a name that is not in a table; names the nearest known one, or all when there are few.
 
     Args:
         kind: What the name stands for, e.g. "model" or "config key".
@@ -39,7 +44,7 @@ def unknown_choice(kind: str, got: str, known: Sequence[str]) -> UserError:
         hint = f"known: {', '.join(known)}"
     else:
         hint = f"{len(known)} are known, none is close"
-    return UserError(f"unknown {kind} {got!r}: {hint}")
+    return f"unknown {kind} {got!r}: {hint}"
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -48,16 +48,14 @@ class Labelled:
 
 class Brightness(Task):
     Config = BrightnessConfig
-    metrics = {"mae": Metric("mean error", higher_is_better=False, digits=4)}
+    metrics: ClassVar = {"mae": Metric("mean error", higher_is_better=False, digits=4)}
 
     def __init__(self, config: BrightnessConfig | None = None) -> None:
         self.config = config or BrightnessConfig()
 
     @classmethod
     def open_splits(cls, data, img_mode):
-        splits = open_splits(
-            data.root, val_fraction=data.val_fraction, split_seed=data.split_seed, img_mode=img_mode
-        )
+        splits = open_splits(data.root, val_fraction=data.val_fraction, split_seed=data.split_seed, img_mode=img_mode)
         return replace(splits, train=Labelled(splits.train), val=Labelled(splits.val))
 
     @classmethod

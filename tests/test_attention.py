@@ -3,7 +3,6 @@
 import functools
 from pathlib import Path
 
-import naive_attention as naive
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,28 +11,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effvit_zoo import attention
-from effvit_zoo.attention import TOKEN_MIXERS, _linear
-from effvit_zoo.attention.additive import efficient_additive_attention
-from effvit_zoo.attention.cross_covariance import cross_covariance_attention
-from effvit_zoo.attention.multiscale_linear import relu_linear_attention
+from effvit_zoo.attention import TOKEN_MIXERS, _linear, _recording
+from effvit_zoo.attention.additive import efficient_additive_attention, naive_efficient_additive_attention
+from effvit_zoo.attention.cosformer import naive_cosformer_attention, naive_cosformer_attention_2d
+from effvit_zoo.attention.cross_covariance import cross_covariance_attention, naive_cross_covariance_attention
+from effvit_zoo.attention.elu_linear import naive_elu_linear_attention
+from effvit_zoo.attention.hydra import naive_hydra_attention
+from effvit_zoo.attention.multiscale_linear import naive_relu_linear_attention, relu_linear_attention
+from effvit_zoo.attention.sima import naive_sima_attention, naive_sima_class_attention
+from effvit_zoo.attention.softmax import naive_softmax_attention
 
 GOLDEN = load_file(Path(__file__).parent / "golden/attention.safetensors")
 
 # name -> (ours, formula); all take (B, H, N, D) but hydra, whose heads are joined below
 MECHANISMS = {
-    "softmax": (attention.softmax_attention, naive.softmax),
-    "elu": (attention.elu_linear_attention, naive.elu_linear),
-    "cosformer": (attention.cosformer_attention, naive.cosformer),
-    "hydra": (attention.hydra_attention, naive.hydra),
-    "sima": (attention.sima_attention, naive.sima),
-    "sima_class": (attention.sima_class_attention, naive.sima_class),
+    "softmax": (attention.softmax_attention, naive_softmax_attention),
+    "elu": (attention.elu_linear_attention, naive_elu_linear_attention),
+    "cosformer": (attention.cosformer_attention, naive_cosformer_attention),
+    "hydra": (attention.hydra_attention, naive_hydra_attention),
+    "sima": (attention.sima_attention, naive_sima_attention),
+    "sima_class": (attention.sima_class_attention, naive_sima_class_attention),
 }
 LINEAR = [name for name in MECHANISMS if name != "softmax"]
 
 
 def grid_pair(form, grid, prefix=0):
     kwargs = {"grid_size": grid, "form": form, "num_prefix_tokens": prefix}
-    return tuple(functools.partial(f, **kwargs) for f in (attention.cosformer_attention_2d, naive.cosformer_2d))
+    return tuple(
+        functools.partial(f, **kwargs) for f in (attention.cosformer_attention_2d, naive_cosformer_attention_2d)
+    )
 
 
 def tokens(name, B, H, N, D, dtype=torch.float32, seed=0, Nk=None):
@@ -132,8 +138,8 @@ def test_values_and_gradients_equal_the_formula(name, ours, formula, N, Nk, monk
     for x, y in zip(got, expected, strict=True):
         # a gradient may vanish, e.g. that of a mean of one token by its weight: then nothing but rounding is left
         assert error(x, y) < 2e-5 or (x.double() - y).abs().max() < 2e-5
-    for elements in (_linear.PIECE_ELEMENTS, 5 * 3 * 16, 1):  # whole, in chunks of 5 tokens, token by token
-        monkeypatch.setattr(_linear, "PIECE_ELEMENTS", elements)
+    for elements in (_linear.CHUNK_ELEMENTS, 5 * 3 * 16, 1):  # whole, in chunks of 5 tokens, token by token
+        monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", elements)
         with torch.no_grad():
             assert error(ours(*inputs), expected[0]) < 1e-5
 
@@ -150,7 +156,7 @@ def test_elu_feature_is_exact_where_elu_plus_one_cancels():
     k = torch.tensor([[-20.0, -25.0], [-30.0, -20.0], [1.0, -28.0]]).view(1, 1, 3, 2)
     v = torch.eye(3).view(1, 1, 3, 3)
     out = attention.elu_linear_attention(q, k, v, eps=0.0)
-    assert error(out, naive.elu_linear(q.double(), k.double(), v.double(), eps=0.0)) < 1e-6
+    assert error(out, naive_elu_linear_attention(q.double(), k.double(), v.double(), eps=0.0)) < 1e-6
 
 
 def test_elu_feature_has_slope_one_at_zero():
@@ -261,30 +267,42 @@ def test_inference_works_in_pieces(name):
         inputs = tokens(name, *shape)
         with torch.no_grad(), Recorder() as recorder:
             f(*inputs)
-        assert 0 < recorder.largest <= width * _linear.PIECE_ELEMENTS
+        assert 0 < recorder.largest <= width * _linear.CHUNK_ELEMENTS
 
 
-OTHER_FUNCTIONS = {
-    "xca": lambda q, k, v: (cross_covariance_attention(q, k, v, torch.full((2, 1, 1), 3.0)),),
-    "relu": lambda q, k, v: (relu_linear_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)),),
-    "additive": lambda q, k, v: efficient_additive_attention(
-        q.flatten(1, 2).mT, k.flatten(1, 2).mT, v[0, :, :, 0].reshape(-1, 1)
-    ),
+def xca(q, k, v, f=cross_covariance_attention):
+    return (f(q, k, v, torch.full((2, 1, 1), 3.0, dtype=q.dtype)),)
+
+
+def relu(q, k, v, f=relu_linear_attention):
+    return (f(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)),)
+
+
+def additive(q, k, v, f=efficient_additive_attention):
+    return f(q.flatten(1, 2).mT, k.flatten(1, 2).mT, v[0, :, :, 0].reshape(-1, 1))
+
+
+OTHER_FUNCTIONS = {  # name -> (ours, formula) of (B, H, D, N)
+    "xca": (xca, functools.partial(xca, f=naive_cross_covariance_attention)),
+    "relu": (relu, functools.partial(relu, f=naive_relu_linear_attention)),
+    "additive": (additive, functools.partial(additive, f=naive_efficient_additive_attention)),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OTHER_FUNCTIONS)
 def test_chunks_of_tokens_change_nothing(name, dtype, monkeypatch):
-    f = OTHER_FUNCTIONS[name]
+    f, formula = OTHER_FUNCTIONS[name]
     inputs = torch.randn(3, 2, 2, 8, 77, generator=torch.Generator().manual_seed(0)).to(dtype).unbind(0)
     with torch.no_grad():
         whole = f(*inputs)
+    for x, y in zip(whole, formula(*(x.double() for x in inputs)), strict=True):
+        assert error(x, y) < (1e-5 if dtype is torch.float32 else 2e-2)
     seen = []
     narrow = torch.Tensor.narrow
     monkeypatch.setattr(torch.Tensor, "narrow", lambda x, *args: seen.append(x) or narrow(x, *args))
     for elements in (8, 200):  # a token at a time, and chunks with a remainder
-        monkeypatch.setattr(_linear, "PIECE_ELEMENTS", elements)
+        monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", elements)
         with torch.no_grad():
             for x, y in zip(f(*inputs), whole, strict=True):
                 assert x.dtype == y.dtype
@@ -362,7 +380,7 @@ def test_prefix_tokens_are_told_to_the_mixer():
     literal = mixer(x)
     mixer.num_prefix_tokens = 1
     q, k, v = (y.double() for y in mixer.project_qkv(x))
-    expected = mixer.project_out(naive.cosformer(q, k, v, num_prefix_tokens=1).float())
+    expected = mixer.project_out(naive_cosformer_attention(q, k, v, num_prefix_tokens=1).float())
     assert error(mixer(x).detach(), expected.detach()) < 1e-5
     assert error(literal.detach(), expected.detach()) > 1e-3
 
@@ -402,3 +420,28 @@ def test_misfits_are_refused(call, message):
 def test_a_grid_must_be_set():
     with pytest.raises(ValueError, match="grid"):
         attention.Cosformer2dAttention(48, num_heads=3)(torch.randn(1, 4, 48))
+
+
+def build_ones(size, device):
+    return torch.ones(size, device=device)
+
+
+def test_constants_are_cached_for_training_and_bounded(monkeypatch):
+    monkeypatch.setattr(_recording, "_CACHE", {})
+    like = torch.empty(1)
+    with torch.inference_mode():
+        first = _recording.remember(build_ones, like, 4)
+    assert not first.is_inference()
+    assert _recording.remember(build_ones, like, 4) is first
+    assert torch.jit.trace(lambda x: x * _recording.remember(build_ones, x, 1), like, check_trace=False)(
+        like
+    ).shape == (1,)
+    assert len(_recording._CACHE) == 1
+    monkeypatch.setattr(_recording, "MAX_BYTES", 100)
+    for size in (5, 6, 7, 25, 26):
+        assert _recording.remember(build_ones, like, size).numel() == size
+        assert sum(kept.nbytes for kept in _recording._CACHE.values()) <= 100
+    monkeypatch.setattr(_recording, "MAX_ENTRIES", 2)
+    for size in (1, 2, 3):
+        _recording.remember(build_ones, like, size)
+    assert [key[-1] for key in _recording._CACHE] == [2, 3]

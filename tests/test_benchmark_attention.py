@@ -36,17 +36,30 @@ def test_peak_leaves_stderr_as_it_was(capfd):
 
 def test_every_token_mixer_is_measured():
     assert set(bench.MECHANISMS) == {"naive", "sdpa", *attention.TOKEN_MIXERS} - {"softmax"}
+    assert len({mixer.label for mixer in bench.MECHANISMS.values()}) == len(bench.MECHANISMS)
+
+
+def test_convolutional_modulation_is_measured_as_it_ships():
+    shape = attention.MixerShape(6, 2, 4, torch.float32)
+    q, k, v = torch.randn(3, 1, 6, 8).unbind(0)
+    torch.manual_seed(0)
+    function = attention.ConvModulationMixer.benchmark_function(shape)
+    torch.manual_seed(0)
+    mixer = attention.ConvModulationMixer(8, 2)
+    mixer.grid_size = shape.grid
+    x = torch.nn.functional.gelu(q).unflatten(1, shape.grid).permute(0, 3, 1, 2)
+    assert error(function(q, k, v), v * mixer.conv(x).detach().flatten(2).mT) < 1e-6
 
 
 @pytest.mark.parametrize("name", bench.MECHANISMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_mechanism_keeps_size_and_type(name, dtype):
-    mechanism, shape = bench.MECHANISMS[name], bench.Shape(6, 2, 4, dtype)
+    mechanism, shape = bench.MECHANISMS[name], attention.MixerShape(6, 2, 4, dtype)
     qkv = torch.randn(1, 6, 3, 2, 4).to(dtype)
-    separate, packed = (mechanism.inputs(qkv, packed) for packed in (False, True))
+    separate, packed = (bench.make_inputs(mechanism, qkv, packed) for packed in (False, True))
     assert all(x.is_contiguous() and x.data_ptr() != qkv.data_ptr() for x in separate)
     assert packed[0].data_ptr() == qkv.data_ptr()
-    function = mechanism.build(shape)
+    function = mechanism.benchmark_function(shape)
     outs, packed_outs = tree_leaves(function(*separate)), tree_leaves(function(*packed))
     for out, packed_out in zip(outs, packed_outs, strict=True):
         assert out.numel() == qkv.numel() // 3
@@ -58,14 +71,15 @@ def test_every_mechanism_keeps_size_and_type(name, dtype):
 def test_both_references_are_the_same_function():
     q, k, v = torch.randn(3, 1, 2, 6, 4).unbind(0)
     naive, sdpa = (
-        bench.MECHANISMS[name].build(bench.Shape(6, 2, 4, torch.float32))(q, k, v) for name in ("naive", "sdpa")
+        bench.MECHANISMS[name].benchmark_function(attention.MixerShape(6, 2, 4, torch.float32))(q, k, v)
+        for name in ("naive", "sdpa")
     )
     assert error(naive, sdpa) < 1e-5
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(196, (14, 14)), (12, (3, 4)), (7, (1, 7))])
 def test_grid(tokens, grid):
-    assert bench.Shape(tokens, 1, 1, torch.float32).grid == grid
+    assert attention.MixerShape(tokens, 1, 1, torch.float32).grid == grid
 
 
 def test_slope():
@@ -102,7 +116,7 @@ def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
         available = 1000
 
     monkeypatch.setattr(bench.psutil, "virtual_memory", Little)
-    rows = bench.measure(["naive", "hydra"], [bench.Shape(64, 1, 8, torch.float32)], False, 2)
+    rows = bench.measure(["naive", "hydra"], [attention.MixerShape(64, 1, 8, torch.float32)], False, 2)
     assert [row["mechanism"] for row in rows] == ["hydra"]
     assert rows[0]["times_sdpa"] is None
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import environment
+from hub_server import environment, push
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -19,6 +19,7 @@ from effvit_zoo import hub
 from effvit_zoo.cli import main
 from effvit_zoo.evaluation.prediction import predict
 from effvit_zoo.hub import card
+from effvit_zoo.tasks._card import classification_card
 
 NAME = "ada/birds"
 
@@ -62,16 +63,23 @@ def run(tmp_path):
     return folder
 
 
+def made(folder, records=None, **options):
+    """The card of a folder with some records beside its config."""
+    files = {"config.json": (folder / "config.json").read_bytes()}
+    files |= {f"training/{name}": text.encode() for name, text in (records or {}).items()}
+    return card.make(files, NAME, classification_card(json.loads(files["config.json"])), **options)
+
+
 def pushed_card(the_hub, name=NAME):
     return the_hub.repos[name].files()["README.md"].decode()
 
 
 def test_what_was_recorded_is_said(the_hub, run):
-    (run / "validation.json").write_text(
-        json.dumps([{"data": "elsewhere", "split": "test", "top1": 44.5, "top5": 80.25}])
-    )
-    (run / "benchmark.json").write_text(json.dumps([{"model": "x", "batch": 1, "optimized": 3.14159}]))
-    hub.push(run, NAME, license="cc-by-4.0")
+    row = {"model": str(run), "data": "/home/ada/elsewhere", "split": "test", "images": 1234, "input_size": [3, 32, 32]}
+    larger = row | {"input_size": [3, 64, 64], "top1": 47.5, "top5": 81.25}
+    other = row | {"model": str(run / "last"), "top1": 33.5}
+    (run / "validation.json").write_text(json.dumps([row | {"top1": 44.5, "top5": 80.25}, larger, other]))
+    push(run, NAME, license="cc-by-4.0")
     text = pushed_card(the_hub)
     read = ModelCard(text).data
     assert read.to_dict()["library_name"] == "timm"
@@ -88,11 +96,15 @@ def test_what_was_recorded_is_said(the_hub, run):
     }
     for said in (
         *("61.23", "98.77", "0.23 M", "0.014 G", "4,321", "988 s on 2 x Abacus 9000", "765 training images per second"),
-        *("torch 2.14.1", "accelerate launch --num_processes 2 train.py --config training/config.yaml", "lr: 0.00123"),
-        *("![Confusion matrix](training/confusion_matrix.png)", "(training/curves.png)", "3.142", "3 x 32 x 32"),
+        *("torch 2.14.1", "lr: 0.00123", "effzoo pull ada/birds && cd birds\n"),
+        "torchrun --no-python --nproc_per_node 2 effzoo train --config training/config.yaml --set data.root=FOLDER\n",
+        "Top-1 accuracy, % (elsewhere, test, 1,234 images) | 44.50",
+        "Top-1 accuracy, % (elsewhere, test, 1,234 images, at 64 x 64) | 47.50",
+        *("![Confusion matrix](training/confusion_matrix.png)", "(training/curves.png)", "3 x 32 x 32"),
         *("https://arxiv.org/abs/2209.07484", "tit, wren \\| troglodyte, jay", "import effvit_zoo  # registers"),
     ):
         assert said in text
+    assert "33.5" not in text  # of last/, which was not pushed
     files = the_hub.repos[NAME].files()
     for target in re.findall(r"\]\((training/[^)]+)\)", text):
         assert target in files
@@ -107,7 +119,7 @@ def test_what_was_not_recorded_is_not_said(the_hub, run, tmp_path):
     config = json.loads((lone / "config.json").read_text())
     config["effvit_zoo"] = {}
     (lone / "config.json").write_text(json.dumps(config))
-    hub.push(lone, NAME)
+    push(lone, NAME)
     text = pushed_card(the_hub)
     read = ModelCard(text).data
     assert read.eval_results is None
@@ -120,17 +132,15 @@ def test_what_was_not_recorded_is_not_said(the_hub, run, tmp_path):
 
 def test_records_that_are_none_are_passed_over(run):
     """Whatever stands in the files of somebody else's run, a card is made."""
-    plain = card.make(run / "best", NAME)
-    (run / "best" / "training").mkdir()
+    plain = made(run / "best")
     for content in (
         [],
         {},
         {"top1": "high", "params": None, "macs": "few", "versions": 3, "processes": "2", "seconds": {}},
         5,
     ):
-        for name in ("summary.json", "validation.json", "benchmark.json"):
-            (run / "best" / "training" / name).write_text(json.dumps(content))
-        assert card.make(run / "best", NAME) == plain
+        records = {name: json.dumps(content) for name in ("summary.json", "validation.json")}
+        assert made(run / "best", records) == plain
 
 
 @pytest.mark.parametrize(
@@ -141,7 +151,6 @@ def test_records_that_are_none_are_passed_over(run):
         ({"name": "effzoo_vit_tiny", "pretrained": True}, {}, "timm/deit_tiny_patch16_224.fb_in1k", "apache-2.0"),
         ({"name": "effzoo_vit_tiny", "pretrained": False}, {}, None, None),
         ({}, {"converted_from": "deit.pth"}, None, "apache-2.0"),
-        ({}, {"license": "mit"}, None, "mit"),
     ],
 )
 def test_licence_and_base_model_follow_where_the_weights_come_from(run, model, noted, base, licence, tmp_path):
@@ -151,9 +160,7 @@ def test_licence_and_base_model_follow_where_the_weights_come_from(run, model, n
     config["pretrained_cfg"]["license"] = "apache-2.0"
     config["effvit_zoo"] = noted
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "training").mkdir()
-    (folder / "training" / "config.yaml").write_text(yaml.safe_dump({"model": model} if model else {}))
-    read = ModelCard(card.make(folder, NAME)).data
+    read = ModelCard(made(folder, {"config.yaml": yaml.safe_dump({"model": model} if model else {})})).data
     assert read.base_model == base
     assert read.license == licence
 
@@ -165,11 +172,16 @@ def test_known_data_sets_have_their_name_on_the_hub(run, tmp_path):
         "builtin:fashion-mnist-mini": "zalando-datasets/fashion_mnist",
         "hfds/bob/eggs": "bob/eggs",
     }.items():
-        config["effvit_zoo"]["data"] = root
-        (run / "best" / "config.json").write_text(json.dumps(config))
-        read = ModelCard(card.make(run / "best", NAME)).data
-        assert read.datasets == [kind]
-        assert read.eval_results[0].dataset_type == kind
+        for record, split in (
+            (root, "validation"),
+            ({"root": root, "val_split": "holdout", "val": {"images": 7}}, "holdout"),
+        ):
+            config["effvit_zoo"]["data"] = record
+            (run / "best" / "config.json").write_text(json.dumps(config))
+            read = ModelCard(made(run / "best")).data
+            assert read.datasets == [kind]
+            assert read.eval_results[0].dataset_type == kind
+            assert read.eval_results[0].dataset_split == split
 
 
 @pytest.mark.parametrize(
@@ -184,9 +196,9 @@ def test_known_data_sets_have_their_name_on_the_hub(run, tmp_path):
 )
 def test_own_words_are_kept_word_for_word(run, text, kept):
     assert card.own_words(text) == kept
-    made = card.make(run / "best", NAME, own_words=kept)
-    assert card.own_words(made) == kept
-    assert made.count(card.OWN_WORDS) == 1
+    text = made(run / "best", own_words=kept)
+    assert card.own_words(text) == kept
+    assert text.count(card.OWN_WORDS) == 1
 
 
 def script_in(text):
@@ -204,7 +216,7 @@ def lines_of(folder, photo):
 def test_the_usage_block_runs_as_a_script_and_predicts(the_hub, run, tmp_path):
     """Cut out of the card on the Hub and run in a process of its own, with nothing but a photograph beside it."""
     Image.new("RGB", (50, 40), (200, 30, 90)).save(tmp_path / "photo.jpg")
-    hub.push(run, NAME)
+    push(run, NAME)
     result = subprocess.run(
         [sys.executable, "-c", script_in(pushed_card(the_hub))],
         cwd=tmp_path,
@@ -225,7 +237,7 @@ def test_usage_blocks_of_other_kinds_run_too(the_hub, tmp_path, kind, monkeypatc
     else:
         model, labels, revision = timm.create_model("effzoo_vit_pico", num_classes=2), None, "dev"
     folder = hub.save(model, tmp_path / "model", label_names=labels)
-    hub.push(folder, NAME, revision=revision)
+    push(folder, NAME, revision=revision)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(script_in(the_hub.repos[NAME].files(revision or "main")["README.md"].decode()), {})
@@ -233,7 +245,7 @@ def test_usage_blocks_of_other_kinds_run_too(the_hub, tmp_path, kind, monkeypatc
 
 
 def test_the_command_in_the_card_runs(the_hub, run, tmp_path, capsys, monkeypatch):
-    hub.push(run, NAME)
+    push(run, NAME)
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     command = re.search(r"`effzoo (predict [^`]+)`", pushed_card(the_hub)).group(1)

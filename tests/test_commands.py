@@ -135,6 +135,7 @@ COMPLETIONS = [
     ("weights l", {"list"}),
     ("train --allow", {"--allow-change"}),
     ("train --config pyproj", {"pyproject.toml"}),
+    ("train --config finet", {"finetune"}),
     ("completion z", {"zsh"}),
 ]
 

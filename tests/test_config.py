@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from effvit_zoo.tasks.config import ClassificationConfig
 from pydantic import Field
 from runs import ROOT
 
@@ -14,7 +15,6 @@ from effvit_zoo import config as strict
 from effvit_zoo import tasks
 from effvit_zoo.commands import config as command
 from effvit_zoo.errors import UserError
-from effvit_zoo.tasks.config import ClassificationConfig
 from effvit_zoo.training.config import CONFIGS, ModelConfig, RunConfig, find_config, load_config
 
 
@@ -67,9 +67,7 @@ def test_text_settings_keep_what_was_typed(written, typed):
 
 
 def test_null_is_null_for_optional_text(written):
-    config = load_config(
-        written("model: {name: a}\naugment: {auto_augment: rand-m9}"), ["augment.auto_augment=null"]
-    )
+    config = load_config(written("model: {name: a}\naugment: {auto_augment: rand-m9}"), ["augment.auto_augment=null"])
     assert config.augment.auto_augment is None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effvit_zoo  # noqa: F401 - registers the models
-from effvit_zoo.attention.conv_modulation import ConvModulation
+from effvit_zoo.attention.conv_modulation import ConvModulation, naive_conv_modulation
 
 OFFICIAL = {  # parameters, MACs in 10^9 at 224 x 224, kernel: official code at 94fd1c4d0a, convolutions and linear layers counted
     "n": (14_992_840, 2.330, 7),
@@ -26,26 +26,16 @@ OFFICIAL = {  # parameters, MACs in 10^9 at 224 x 224, kernel: official code at 
 
 @torch.no_grad()
 def slow_modulation(module, x):
-    """The formula pixel by pixel, with the neighbourhood cut at the border."""
-    b, c, h, w = x.shape
-    reach = module.att[2].kernel_size[0] // 2
+    """LayerNorm and pointwise convolutions written out around the naive form."""
     mean, var = x.mean(1, keepdim=True), x.var(1, correction=0, keepdim=True)
     x = (x - mean) / torch.sqrt(var + 1e-6) * module.norm.weight.view(-1, 1, 1) + module.norm.bias.view(-1, 1, 1)
 
     def pointwise(conv, x):
         return torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], x) + conv.bias.view(-1, 1, 1)
 
-    a = pointwise(module.att[0], x)
-    a = a * (1 + torch.erf(a / 2**0.5)) / 2
-    kernel, out = module.att[2].weight[:, 0], torch.empty_like(x)
-    for i in range(h):
-        for j in range(w):
-            total = module.att[2].bias.expand(b, c).clone()
-            for y in range(max(0, i - reach), min(h, i + reach + 1)):
-                for z in range(max(0, j - reach), min(w, j + reach + 1)):
-                    total += kernel[:, y - i + reach, z - j + reach] * a[:, :, y, z]
-            out[:, :, i, j] = total
-    return pointwise(module.proj, out * pointwise(module.v, x))
+    depthwise = module.att[2]
+    x, v = pointwise(module.att[0], x), pointwise(module.v, x)
+    return pointwise(module.proj, naive_conv_modulation(x, v, depthwise.weight, depthwise.bias))
 
 
 @pytest.mark.parametrize(("kernel", "height", "width"), [(7, 9, 5), (11, 4, 13)])

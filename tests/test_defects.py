@@ -69,7 +69,7 @@ def test_images_added_since_never_bring_training_images_in(trained, tmp_path, mo
     shutil.copytree(trained / "photos", tmp_path / "grown")
     held_out = {}
     for spelling in ("photos", tmp_path / "grown"):
-        code, row = validated(trained / "run", spelling, tmp_path, monkeypatch, trained)
+        _, row = validated(trained / "run", spelling, tmp_path, monkeypatch, trained)
         held_out[str(spelling)] = row["images"]
         if spelling == "photos":
             for label in ("blue", "red"):
@@ -145,7 +145,7 @@ def test_a_validation_of_a_run_is_in_its_card(trained, tmp_path, monkeypatch, th
     assert code == 0
     assert effzoo(["push", str(tmp_path / "run"), "ada/colours"]) == 0
     card = the_hub.repos["ada/colours"].files()["README.md"].decode()
-    assert f"other, all) | {row['top1']:.2f}" in card
+    assert f"other, all, 7 images) | {row['top1']:.2f}" in card
 
 
 @pytest.mark.parametrize("debug", ["", "1"])
@@ -174,6 +174,6 @@ def test_a_defect_of_ours_is_not_dressed_as_a_user_error(tmp_path, monkeypatch):
     def broken(*args):
         raise TypeError("a defect")
 
-    monkeypatch.setattr(folder, "scan", broken)
+    monkeypatch.setattr(folder, "_scan", broken)
     with pytest.raises(TypeError, match="a defect"):
         open_splits(tmp_path / "photos")

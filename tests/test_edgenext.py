@@ -11,7 +11,12 @@ from timm.models import reparameterize_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from effvit_zoo.attention.cross_covariance import CrossCovarianceAttention, cross_covariance_attention
+from effvit_zoo.attention import _recording
+from effvit_zoo.attention.cross_covariance import (
+    CrossCovarianceAttention,
+    cross_covariance_attention,
+    naive_cross_covariance_attention,
+)
 from effvit_zoo.models import edgenext
 from effvit_zoo.models.edgenext import Mlp, PositionalEncodingFourier, SplitTransposeBlock, checkpoint_filter_fn
 
@@ -27,13 +32,7 @@ def test_attention_compares_channels_one_by_one():
     B, H, D, N = 2, 3, 4, 11
     q, k, v = torch.randn(3, B, H, D, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     temperature = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64).reshape(H, 1, 1)
-    expected = torch.empty_like(v)
-    for b in range(B):
-        for h in range(H):
-            for i in range(D):
-                cosines = torch.stack([nn.functional.cosine_similarity(q[b, h, i], k[b, h, j], 0) for j in range(D)])
-                weights = (temperature[h, 0, 0] * cosines).softmax(0)
-                expected[b, h, i] = (weights[:, None] * v[b, h]).sum(0)
+    expected = naive_cross_covariance_attention(q, k, v, temperature)
     assert relative_error(cross_covariance_attention(q, k, v, temperature), expected) < 1e-14
 
 
@@ -95,8 +94,8 @@ def test_position_encoding_follows_dtype_and_device():
     assert [key for key in encoding.state_dict() if "token_projection" not in key] == []
 
 
-def test_kept_features_survive_inference_mode_and_fakes():
-    edgenext._kept_features.cache_clear()
+def test_cached_features_survive_inference_mode_and_fakes(monkeypatch):
+    monkeypatch.setattr(_recording, "_CACHE", {})
     encoding = PositionalEncodingFourier(8)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         encoding(mode.from_tensor(torch.empty(1, 8, 6, 7)))
@@ -224,7 +223,7 @@ def test_mlp_in_pieces(monkeypatch):
     x = torch.randn(2, 5, 7, 6)
     expected, kept = mlp(x), x.clone()
     for elements in (1, 24, 24 * 8, 24 * 69, 24 * 70):
-        monkeypatch.setattr(edgenext, "PIECE_ELEMENTS", elements)
+        monkeypatch.setattr(edgenext, "HIDDEN_ELEMENTS", elements)
         for given in (x, x.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)):
             out = mlp.fuse()(given)
             assert out.shape == x.shape

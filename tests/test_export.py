@@ -8,6 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import effvit_zoo
 from effvit_zoo.attention import TOKEN_MIXERS
+from effvit_zoo.errors import UserError
+from effvit_zoo.export import TARGETS, target_of
+from effvit_zoo.export.deployed import open_exported, run_in
 
 FAMILIES = ["vit", "elu_vit", "cosformer_vit", "hydra_vit", "sima_vit", "tosa_vit"]
 
@@ -66,6 +69,61 @@ def test_pico_models(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_small", num_classes=5).eval(), 224, 224, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.export], ids=lambda row: row.name)
+def test_every_exporter_writes_what_its_runtime_computes(target, tmp_path):
+    assert target.installed
+    model = timm.create_model("effzoo_vit_pico", num_classes=5, img_size=(32, 48), depth=2).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.02)
+    path = tmp_path / f"model{target.suffix}"
+    target.export(model, torch.randn(1, 3, 32, 48), path)
+    assert target_of(path) is target
+    config = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6]}, "label_names": list("abcde")}
+    deployed = open_exported(path, config)
+    assert deployed.shape == [None, 3, 32, 48]
+    assert deployed.pretrained_cfg == {
+        "mean": [0.4, 0.5, 0.6],
+        "label_names": list("abcde"),
+        "input_size": (3, 32, 48),
+        "num_classes": 5,
+    }
+    for images in (torch.randn(3, 3, 32, 48), torch.randn(2, 3, 32, 48).to(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            expected = model(images)
+        first = deployed(images)
+        deployed(torch.zeros(len(images), 3, 32, 48))
+        assert (first - expected).abs().max() <= 1e-4 * expected.abs().max()
+    deployed.set_input_size((32, 48))
+    with pytest.raises(UserError, match="it was exported for 32 x 48 pixels, got 64 x 64"):
+        deployed.set_input_size(64)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_damaged_and_unfit_files_are_one_line(name, tmp_path):
+    target = TARGETS[name]
+    path = tmp_path / f"model{target.suffix}"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(UserError, match=r"cannot open .*model\.\w+: [^\n]+$"):
+        open_exported(path, {})
+    target.export(torch.nn.Flatten(0), torch.randn(1, 3, 8, 8), path)
+    with pytest.raises(UserError, match=r"gives an output of shape \(192,\), expected"):
+        open_exported(path, {})
+    target.export(torch.nn.Flatten(), torch.randn(1, 3, 8), path)
+    with pytest.raises(UserError, match="takes 3 dimensions, expected images"):
+        open_exported(path, {})
+    if name == "onnx":
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="cannot open"):
+            open_exported(path, {})
+
+
+def test_targets_are_found_by_suffix_and_only_exporters_can_run_a_model():
+    assert target_of("model.pte") is TARGETS["executorch"]
+    assert target_of("model.safetensors") is None
+    with pytest.raises(UserError, match="unknown target 'executorch'"):
+        run_in("executorch", torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
 
 
 # the others are whole families above

@@ -5,7 +5,7 @@ import torch
 from reference import relative_error
 from torch import nn
 
-from effvit_zoo.models._base import (
+from effvit_zoo.models._fold import (
     fold_input_affine,
     fold_norm_after,
     fold_norm_before,

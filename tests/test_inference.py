@@ -1,16 +1,25 @@
 """optimize_for_inference: only exact forms compete, the fastest wins, and nothing of the host's settings is left changed."""
 
+import copy
+import gc
+import pickle
 import sys
+import weakref
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import effvit_zoo
+from effvit_zoo import hub
 from effvit_zoo.errors import UserError
+from effvit_zoo.evaluation.prediction import predict
 from effvit_zoo.export import optimize as inference
+from effvit_zoo.export.onednn import pack
 from effvit_zoo.export.optimize import optimize_for_inference
+from effvit_zoo.measure.host import onednn_matmul
 
 EAGER = ["eager", "channels_last", "packed", "packed with activations"]
 
@@ -82,7 +91,7 @@ def test_packing_takes_every_layer(sample):
     )
     expected = net(sample)
     with torch.inference_mode():
-        inference.pack(net, sample)
+        pack(net, sample)
         assert [type(layer).__name__ for layer in net] == ["PackedConv2d", "PackedConv2d", "Flatten", "PackedLinear"]
         torch.testing.assert_close(net(sample), expected, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +103,7 @@ def test_activations_behind_a_layer_go_into_its_kernel(sample):
     )
     expected = net(sample)
     with torch.inference_mode():
-        inference.pack(net, sample, activations=True)
+        pack(net, sample, activations=True)
         assert [type(layer).__name__ for layer in net[:3]] == ["PackedConv2d", "Identity", "Identity"]
         assert type(net[-1]) is nn.ReLU
         torch.testing.assert_close(net(sample), expected, rtol=1e-5, atol=1e-6)
@@ -102,7 +111,7 @@ def test_activations_behind_a_layer_go_into_its_kernel(sample):
 
 def test_the_switch_for_onednn_is_put_back():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with inference.onednn_matmul():
+    with onednn_matmul():
         assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
@@ -142,6 +151,81 @@ def test_bad_arguments(model, sample):
         optimize_for_inference(model, sample, forms=["packd"])
     with pytest.raises(UserError, match=r"expected a float32 sample on the CPU, got torch\.bfloat16"):
         optimize_for_inference(model, sample.bfloat16())
+
+
+@pytest.mark.parametrize("form", ["eager", "channels_last", "packed", "onnxruntime"])
+def test_the_result_predicts_as_the_original(form, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    data_config = {"input_size": (3, 32, 32), "mean": (0.4, 0.5, 0.6), "crop_pct": 0.9}
+    labels = ["cat", "dog", "eel"]
+    built = timm.create_model("effzoo_vit_pico", num_classes=3)
+    nn.init.normal_(built.head.weight, std=0.5)
+    hub.save(built, folder, label_names=labels, data_config=data_config)
+    original = hub.load(folder).eval()
+    optimized = optimize_for_inference(original, torch.randn(1, 3, 32, 32), forms=[form], repeats=2)
+    assert hub.label_names(optimized) == tuple(labels)
+    assert optimized.num_classes == 3
+    paths = [tmp_path / f"{colour}.png" for colour in ("red", "green", "blue")]
+    for path in paths:
+        Image.new("RGB", (48, 40), path.stem).save(path)
+    for ours, theirs in zip(predict(optimized, paths), predict(original, paths), strict=True):
+        assert (ours.image, ours.labels) == (theirs.image, theirs.labels)
+        assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("form", ["eager", "channels_last", "packed", "onnxruntime"])
+def test_the_surface_doesnt_depend_on_the_form(model, sample, form):
+    optimized = optimize_for_inference(model, sample, forms=[form], repeats=2)
+    assert not optimized.state_dict()
+    assert not list(optimized.parameters())
+    assert not optimized.training
+    assert optimized.to("cpu").to(torch.float32).float().eval() is optimized
+    for move in (lambda: optimized.to("meta"), optimized.cuda, optimized.half, optimized.double):
+        with pytest.raises(ValueError, match="OptimizedModel computes in float32 on the CPU and can't be moved"):
+            move()
+    for duplicate in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="OptimizedModel can't be pickled or copied"):
+            duplicate(optimized)
+    with pytest.raises(UserError, match="got one that is deployed already"):
+        optimize_for_inference(optimized, sample)
+
+
+def test_only_the_winner_stays_in_memory(model, sample, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def watched(build):
+        def builder(model, sample):
+            alive.add(model)
+            most.append(len(alive))
+            return build(model, sample)
+
+        return builder
+
+    monkeypatch.setattr(inference, "FORMS", {form: watched(inference.FORMS[form]) for form in EAGER})
+    optimized = optimize_for_inference(model, sample, repeats=2)
+    assert set(optimized.milliseconds) == set(EAGER)
+    gc.collect()
+    assert len(alive) == 1
+    assert max(most) == 2
+    del optimized
+    gc.collect()
+    assert not alive
+
+
+def test_milliseconds_are_on_one_scale_although_forms_meet_in_pairs(model, sample, monkeypatch):
+    rounds = iter([{"eager": 8}, {"eager": 10, "channels_last": 5}, {"channels_last": 20, "packed": 30}])
+    monkeypatch.setattr(inference, "time_in_turns", lambda calls, repeats: next(rounds))
+    optimized = optimize_for_inference(model, sample, forms=["eager", "channels_last", "packed"])
+    assert optimized.milliseconds == {"eager": 8, "channels_last": 4, "packed": 6}
+    assert optimized.form == "channels_last"
+
+
+def test_models_that_are_not_timms_are_taken_too(sample):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    optimized = optimize_for_inference(net, sample, forms=["eager"], repeats=2)
+    assert (optimized.num_classes, optimized.pretrained_cfg["input_size"]) == (4, (3, 64, 64))
+    torch.testing.assert_close(optimized(sample).clone(), net(sample))
 
 
 def test_it_is_at_the_front_door():

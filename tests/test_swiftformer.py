@@ -1,20 +1,15 @@
 """SwiftFormer's own: efficient additive attention against its formula, and two classifiers that act as one."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from reference import randomise, relative_error
 
-from effvit_zoo.attention.additive import efficient_additive_attention
+from effvit_zoo.attention.additive import efficient_additive_attention, naive_efficient_additive_attention
 from effvit_zoo.models.swiftformer import SwiftFormer
-
-
-def formula(q, k, w_g):
-    """The official sequence of operations, its scale factor included."""
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    weights = F.normalize((q @ w_g) * q.shape[-1] ** -0.5, dim=1)
-    return (weights * q).sum(1, keepdim=True) * k, q
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 196])
@@ -22,7 +17,7 @@ def test_additive_attention_and_gradients(tokens):
     generator = torch.Generator().manual_seed(0)
     shapes = (2, tokens, 48), (2, tokens, 48), (48, 1)
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    got, expected = efficient_additive_attention(*inputs), formula(*inputs)
+    got, expected = efficient_additive_attention(*inputs), naive_efficient_additive_attention(*inputs)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     mix = [torch.randn(got[0].shape, generator=generator, dtype=torch.float64) for _ in got]
@@ -38,7 +33,7 @@ def test_additive_attention_in_half_precision():
     q, k, w_g = torch.randn(1, 64, 128) * 100, torch.randn(1, 64, 128) * 100, torch.randn(128, 1)  # squares above 65504
     q[0, 3] = 0
     got = efficient_additive_attention(q.half(), k.half(), w_g.half())
-    for a, b in zip(got, formula(q, k, w_g), strict=True):
+    for a, b in zip(got, naive_efficient_additive_attention(q, k, w_g), strict=True):
         assert relative_error(a, b) < 2e-2
 
 
@@ -59,6 +54,19 @@ def test_answer_is_the_mean_of_both_classifiers(model):
     assert relative_error(fused(x), model(x)) < 1e-5
     fused.reset_classifier(3)
     assert fused(x).shape == (2, 3)
+
+
+@torch.no_grad()
+def test_a_replaced_head_is_the_one_that_is_fused(model):
+    x = torch.randn(2, 3, 64, 64)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.head = torch.nn.Linear(24, 5)
+        assert relative_error(timm.models.reparameterize_model(twin)(x), twin(x)) < 1e-5
+    assert not any("first" in key for key in model.state_dict())
+    for head in (torch.nn.Linear(24, 4), torch.nn.Linear(24, 5, bias=False), torch.nn.Identity()):
+        model.head = head
+        with pytest.raises(ValueError, match="classifiers differ"):
+            timm.models.reparameterize_model(model)
 
 
 def test_distilled_training_returns_both(model):

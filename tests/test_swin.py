@@ -9,8 +9,8 @@ from reference import images, randomise, relative_error
 from timm.models import reparameterize_model
 
 import effvit_zoo  # noqa: F401 - registers the models
-from effvit_zoo.attention import window
-from effvit_zoo.attention.window import WindowAttention
+from effvit_zoo.attention import _recording
+from effvit_zoo.attention.window import WindowAttention, naive_window_attention
 from effvit_zoo.models import swin
 
 NAME = "effzoo_swin_tiny_patch4_window7_224"
@@ -26,39 +26,15 @@ def theirs(**kwargs):
     return timm.create_model(NAME.removeprefix("effzoo_"), **{**SMALL, **kwargs}).eval()
 
 
-def naive_window_attention(attn, x):
-    """One dense attention over all tokens of the map and its padding, where pairs that do not share a window are masked away."""
-    B, H, W, C = x.shape
-    sides = []
-    for length, size in ((H, attn.window_size[0]), (W, attn.window_size[1])):
-        shift = size // 2 if attn.shifted and length > size else 0
-        size = min(size, length)
-        padded = -(-length // size) * size
-        place = torch.cat([(torch.arange(length) - shift) % length, torch.arange(length, padded)])  # after the roll
-        sides.append((place // size, place % size, place >= padded - shift))
-
-    def pairs(i):
-        """The i-th property of tokens: (N, 1) and (1, N) for rows, then for columns."""
-        down = sides[0][i][:, None].expand(-1, len(sides[1][i])).flatten()
-        right = sides[1][i][None, :].expand(len(sides[0][i]), -1).flatten()
-        return down[:, None], down[None], right[:, None], right[None]
-
-    down, down_, right, right_ = pairs(0)
-    together = (down == down_) & (right == right_)
-    down, down_, right, right_ = pairs(2)
-    torn = (down != down_) | (right != right_)
-    down, down_, right, right_ = pairs(1)
-    wh, ww = attn.window_size
-    offset = (down - down_).clamp(1 - wh, wh - 1) + wh - 1, (right - right_).clamp(1 - ww, ww - 1) + ww - 1
-    bias = attn.relative_position_bias_table[offset[0] * (2 * ww - 1) + offset[1]].permute(2, 0, 1)  # (heads, N, N)
-
-    rows, columns = len(sides[0][0]), len(sides[1][0])
-    tokens = torch.nn.functional.pad(x, (0, 0, 0, columns - W, 0, rows - H)).flatten(1, 2)
-    q, k, v = attn.qkv(tokens).reshape(B, rows * columns, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
-    scores = (scores + torch.where(torn, -100.0, 0.0)).masked_fill(~together, float("-inf"))
-    out = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    return out.reshape(B, rows, columns, C)[:, :H, :W]
+def dense_attention(attn, x):
+    """The module's projections around the naive form, on the padded map."""
+    H, W = x.shape[1:3]
+    sides = [min(side, length) for side, length in zip(attn.window_size, (H, W), strict=True)]
+    x = torch.nn.functional.pad(x, (0, 0, 0, -W % sides[1], 0, -H % sides[0]))
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    table = attn.relative_position_bias_table.unflatten(0, (2 * attn.window_size[0] - 1, -1))
+    out = naive_window_attention(q, k, v, table, (H, W), attn.window_size, attn.shifted)
+    return attn.proj(out.permute(0, 2, 3, 1, 4).flatten(3))[:, :H, :W]
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -69,7 +45,7 @@ def test_attention_is_the_dense_one_with_a_mask(size, shifted):
     with torch.no_grad():
         attn.relative_position_bias_table.normal_()
     parameters = list(attn.parameters())
-    out, expected = attn(x), naive_window_attention(attn, x)
+    out, expected = attn(x), dense_attention(attn, x)
     torch.testing.assert_close(out, expected)
     direction = torch.randn_like(out)
     grads = torch.autograd.grad(out, [x, *parameters], direction)
@@ -263,19 +239,19 @@ def test_export_of_any_size(fused):
 
 
 def test_what_is_remembered_serves_training_and_stays_small(monkeypatch):
-    monkeypatch.setattr(window, "_KEPT", {})
-    monkeypatch.setattr(window, "_MAX_KEPT", 10)
+    monkeypatch.setattr(_recording, "_CACHE", {})
+    monkeypatch.setattr(_recording, "MAX_ENTRIES", 10)
     model = ours()
     with torch.inference_mode():
         for side in range(32, 64, 4):
             model(images(side, side))
-    assert len(window._KEPT) <= 10
-    monkeypatch.setattr(window, "_MAX_KEPT", 100)
+    assert len(_recording._CACHE) <= 10
+    monkeypatch.setattr(_recording, "MAX_ENTRIES", 100)
     with torch.inference_mode():
         model(images(64, 64))
-    kept = len(window._KEPT)
+    kept = len(_recording._CACHE)
     model.train()(images(64, 64)).sum().backward()
-    assert len(window._KEPT) == kept
+    assert len(_recording._CACHE) == kept
     assert model.eval().to(torch.bfloat16)(images(64, 64).to(torch.bfloat16)).dtype is torch.bfloat16
 
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from reference import randomise
 
 import effvit_zoo
-from effvit_zoo import hub
+from effvit_zoo import hub, models
 from effvit_zoo.attention.token_select import (
     TokenSelector,
     gather_tokens,
+    naive_selection,
     number_selected,
     rows_of_queries,
     scatter_tokens,
@@ -64,6 +65,11 @@ def test_selection_keeps_prefix_tokens_and_the_most_important_patches():
     assert select_tokens(importance, 0, num_prefix_tokens=1).tolist() == [[0], [0]]
     with pytest.raises(ValueError, match="expected 0 to 4 patches, got 5"):
         select_tokens(importance, 5, num_prefix_tokens=2)
+
+
+def test_selection_is_the_naive_one():
+    scores = torch.randn(2, 3, 5, 11, dtype=torch.double)
+    assert select_tokens(token_importance(scores), 4, 2).tolist() == naive_selection(scores, 4, 2)
 
 
 def test_gather_and_scatter_undo_each_other_and_leave_the_rest():
@@ -136,12 +142,33 @@ def test_gradients_reach_the_selectors_through_their_own_loss_alone():
     model(images()).square().sum().backward()
     assert all((p.grad is None) == key.startswith("selectors.") for key, p in model.named_parameters())
     model.zero_grad(set_to_none=True)
-    with model.giving_selector_losses():
-        losses = model(images())
+    losses = models.SelectorLosses(model).train()(images())
     losses.sum().backward()
     assert losses.shape == (3,)
     assert all((p.grad is not None) == key.startswith("selectors.") for key, p in model.named_parameters())
     assert all(p.grad.abs().max() > 0 for key, p in model.named_parameters() if key.startswith("selectors."))
+
+
+def test_selector_losses_keep_the_network_in_eval_mode():
+    model = tosa(drop_path_rate=0.5).train()
+    losses = models.SelectorLosses(model)
+    assert not any(module.training for module in losses.train().model.modules())
+    assert losses.training
+    assert torch.equal(losses(images()), tosa(drop_path_rate=0.5).selector_losses(images()))
+
+
+def test_a_ratio_per_call():
+    model, x = tosa(attention_ratio=0.5), images()
+    at_ratio = models.AtRatio(model)
+    logits = {}
+    for ratio in (0.0, 0.25, 0.5, 1):
+        logits[ratio] = at_ratio(x, ratio)
+        assert torch.equal(logits[ratio], tosa(attention_ratio=ratio)(x))
+        assert model.attention_ratio == 0.5
+    assert not torch.equal(logits[0.25], logits[0.5])
+    assert at_ratio.train().model.training
+    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
+        at_ratio(x, 2)
 
 
 @torch.no_grad()
@@ -198,8 +225,7 @@ def test_dense_checkpoints_load_and_leave_new_selectors(tmp_path):
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     overlay = {"file": str(tmp_path / "vit.pth")}
     model = timm.create_model("effzoo_tosa_vit_pico", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    with model.at_ratio(1):
-        assert torch.equal(model(images()), vit(images()))
+    assert torch.equal(model.forward_at_ratio(images(), 1), vit(images()))
     assert all(p.abs().max() > 0 for p in model.selectors.parameters())
 
 

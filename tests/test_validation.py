@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from runs import make_photos
 import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.cli import main as effzoo
-from effvit_zoo.export.deployed import EXPORTED, ExportedModel, load_exported
-from effvit_zoo.export.runtimes import export_onnx
+from effvit_zoo.export import TARGETS
+from effvit_zoo.export.contract import Opened
+from effvit_zoo.export.deployed import load_exported, open_exported
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def model(tmp_path_factory):
     built = effvit_zoo.create_model("effzoo_vit_pico", num_classes=3)
     hub.save(built, folder, label_names=["red", "blue", "green"], data_config={"mean": (0.4, 0.5, 0.6)})
     pytest.importorskip("onnxscript")
-    export_onnx(built.eval(), torch.zeros(1, 3, 32, 32), folder / "model.onnx")
+    TARGETS["onnx"].export(built.eval(), torch.zeros(1, 3, 32, 32), folder / "model.onnx")
     return folder
 
 
@@ -65,10 +67,10 @@ def test_files_of_a_fixed_batch_take_any_number(monkeypatch, tmp_path, batch):
             assert images.shape == (batch, 3, 8, 8)
             return images.mean((2, 3))
 
-        return run, [batch, 3, 8, 8]
+        return Opened(run, [batch, 3, 8, 8])
 
-    monkeypatch.setitem(EXPORTED, ".onnx", opened)
-    exported = ExportedModel(tmp_path / "x.onnx", {}, 1)
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], open=opened))
+    exported = open_exported(tmp_path / "x.onnx", {})
     images = torch.randn(6, 3, 8, 8)
     torch.testing.assert_close(exported(images), images.mean((2, 3)))
     assert exported.num_classes == 3

@@ -123,8 +123,8 @@ def test_check_finds(the_hub, weights, capsys, files, problem):
 @pytest.mark.parametrize(
     ("status", "problem"),
     [
-        (500, "the Hub is out of order"),
-        (429, "the Hub takes no more requests for now"),
+        (500, "the Hub is unavailable"),
+        (429, "the Hub's rate limit is reached"),
         ("reset", "the connection to the Hub"),
     ],
 )

@@ -31,8 +31,9 @@ from effvit_zoo import config as strict
 from effvit_zoo import hub, to_tosa
 from effvit_zoo.data.splits import open_splits
 from effvit_zoo.errors import OneLineParser, UserError, run_command
-from effvit_zoo.export.optimize import time_in_turns
 from effvit_zoo.measure import cost
+from effvit_zoo.measure.host import processor_name
+from effvit_zoo.measure.timing import time_in_turns
 from effvit_zoo.models.tosa_vit import ToSAViT
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tosa" / "dense_demo.yaml"
@@ -182,7 +183,7 @@ def evaluate(model: Segmenter, scenes: Scenes, config: DemoConfig) -> tuple[floa
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(title=f"segmentation of garments, {cost.processor_name()}, {torch.get_num_threads()} thread(s)")
+    table = Table(title=f"segmentation of garments, {processor_name()}, {torch.get_num_threads()} thread(s)")
     for column in ("backbone", "pixels right", "mean IoU", "MMACs", "", "ms", ""):
         table.add_column(column, justify="left" if column == "backbone" else "right")
     first = rows[0]

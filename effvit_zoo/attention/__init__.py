@@ -1,8 +1,8 @@
-"""Attention mechanisms, one per file: pure functions and thin modules. `TOKEN_MIXERS` names those that drop into an isotropic ViT."""
+"""Attention mechanisms, one per file: pure functions and thin modules. `TOKEN_MIXERS` lists those that drop into an isotropic ViT."""
 
 from typing import Dict, Type
 
-from ._mixer import GridMixer, TokenMixer
+from ._mixer import GridMixer, MixerShape, TokenMixer
 from .additive import EfficientAdditiveMixer
 from .conv_modulation import ConvModulationMixer
 from .cosformer import Cosformer2dAttention, CosformerAttention, cosformer_attention, cosformer_attention_2d
@@ -23,6 +23,7 @@ __all__ = [
     "EluLinearAttention",
     "GridMixer",
     "HydraAttention",
+    "MixerShape",
     "MultiScaleLinearMixer",
     "SimaAttention",
     "SimaClassAttention",
@@ -49,3 +50,4 @@ TOKEN_MIXERS: Dict[str, Type[TokenMixer]] = {
     "multiscale_linear": MultiScaleLinearMixer,
     "conv_mod": ConvModulationMixer,
 }
+"""Name -> mixer. A new mechanism is one file and one row here."""

@@ -1,12 +1,12 @@
-"""The sum form of cosFormer on a grid, line by line: no features, half the multiply-adds.
+"""The sum form of cosFormer on a grid, line by line: the same result as with features, at half the multiply-adds.
 
-A pair of places weighs cos(a_i - a_j) + cos(b_i - b_j), angles of their rows and of their columns (`cosformer`). The first term is the same
-for all places of two rows, the second for all of two columns. So the keys are summed to one matrix k^T v per line, the lines' matrices
-are weighted by their table [cos, sin] and added up; queries of a line share the matrix that its table makes of these sums. Twice 2 N D^2
-multiply-adds, once along the rows and once along the columns, where features of 4 D channels take 8 N D^2 and have to be written.
+The weight of a pair is cos(a_i - a_j) + cos(b_i - b_j), with the angles of rows and columns (`cosformer`). The first term is the same
+for all places of two rows, the second for all of two columns. So the keys are summed to one matrix k^T v per line, and the lines' matrices
+are weighted by their table [cos, sin] and added up; the queries of a line share the matrix that its table makes of these sums. That is
+twice 2 N D^2 multiply-adds, once along the rows and once along the columns, where features of 4 D channels take 8 N D^2 and extra memory.
 
-Prefix tokens, whose pairs weigh 1, are one more entry of the rows' table, 1 for every row: the keys' sum under it is what a prefix query
-reads, and the prefix keys' own sum in its place is what all others read.
+Prefix tokens, whose pairs have weight 1, are one more entry of the rows' table, 1 for every row: prefix queries read the keys' sum of this
+entry, and all other queries read the prefix keys' own sum in its place.
 
 Layout: functions (B, H, P + N, D) -> (B, H, P + N, Dv), P prefix tokens and N = rows * columns places in row-major order; inside lines are
 (..., G, L, D): G lines of L places, tables (G, 1, R) of R entries.
@@ -20,7 +20,7 @@ from ._linear import map_chunks, row_dot, sum_over_chunks, widen
 
 
 def _sum_lines(k: torch.Tensor, v: torch.Tensor, table: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What G lines of L places each hold, per entry of their table.
+    """Summary of G lines of L places each, per entry of their table.
 
     Args:
         k: Keys after relu, (..., G, L, D).
@@ -41,7 +41,7 @@ def _read_lines(q: torch.Tensor, table: torch.Tensor, kv: torch.Tensor) -> torch
 
 
 def _line_normaliser(q: torch.Tensor, k_sum: torch.Tensor, other_k_sum: torch.Tensor) -> torch.Tensor:
-    """Queries (..., G, L, D) and what their line and the line across add up to, (..., G, D) and (..., L, D) -> (..., G, L, 1)."""
+    """Queries (..., G, L, D), key sums of their line (..., G, D) and of the line across (..., L, D) -> (..., G, L, 1)."""
     return (q * (k_sum.unsqueeze(-2) + other_k_sum.unsqueeze(-3))).sum(-1, keepdim=True)
 
 
@@ -53,7 +53,7 @@ def _read_prefix(
     v_prefix: torch.Tensor,
     eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What prefix queries get from the rows' sums, and these sums with the prefix keys' in the place of the last entry.
+    """The prefix queries' results from the rows' sums, and these sums with the prefix keys' in the place of the last entry.
 
     Args:
         kv: (..., 3, D * Dv).
@@ -78,7 +78,7 @@ def _read_prefix(
 def attend_lines(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """The 2-D sum form, line by line of the grid; q, k, v (B, H, P + N, D), tables as `_grid_line_tables` makes them."""
+    """The 2-D sum form, line by line of the grid; q, k, v (B, H, P + N, D), tables as `cosformer._axis_table` makes them."""
     dtype, grid = q.dtype, [rows.shape[0], columns.shape[0]]
     q, k, v = widen(q), widen(k), widen(v)
     P = q.shape[-2] - grid[0] * grid[1]
@@ -122,7 +122,7 @@ def attend_lines_image(
     kv, k_sum = sum_over_chunks(summarise, k_grid, v_grid, rows, axis=-3)
     if P > 0:
         out[:, :P], kv, k_sum = _read_prefix(kv, k_sum, widen(q[:, :P]), widen(k[:, :P]), widen(v[:, :P]), eps)
-    # what the rows give waits in float32 for what the columns give
+    # the rows' part is kept in float32 until the columns' part is added
     numerator = out_grid if widen(out_grid).dtype == out_grid.dtype else torch.empty_like(out_grid, dtype=torch.float32)
     map_chunks(numerator, lambda q, table: _read_lines(_dense_relu(q), table, kv), q_grid, rows, axis=-3)
     q_grid, k_grid, v_grid, out_grid, numerator = (

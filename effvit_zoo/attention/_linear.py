@@ -1,20 +1,21 @@
-"""What the linear mechanisms share: argument checks, exact accumulation, and evaluation in pieces that fit the cache.
+"""Shared parts of the linear mechanisms: argument checks, exact accumulation, and evaluation in chunks that fit the cache.
 
-A linear mechanism first sums over the keys' tokens, then maps the queries' tokens one by one. Both steps can therefore run piece by piece,
-with temporaries that stay in the processor's cache and whose size depends neither on the number of tokens nor on the batch. That is done
-where nobody records the operations, in eager inference on a CPU; training, tracing, export and scripting apply the same functions to all
-tokens at once.
+A linear mechanism first sums over the keys' tokens, then maps the queries' tokens one by one. Both steps can therefore run chunk by chunk,
+with temporaries that stay in the processor's cache and whose size depends neither on the number of tokens nor on the batch. `evaluate`
+does so in eager inference on a CPU; training, tracing, export and scripting apply the same functions to all tokens at once.
 
 Layout: the token axis is the last but one of every tensor: (B, H, N, D) and (H, N, D) with heads, (B, N, C) and (N, C) without.
 """
 
 import contextlib
-from typing import Callable, ContextManager, Iterator, Optional, Tuple
+from typing import Any, Callable, ContextManager, Iterator, Optional, Tuple
 
 import torch
 
-# 1,024 tokens of 3 heads with 64 channels, 0.8 MB in float32: a handful of such temporaries fit the second- and third-level caches
-PIECE_ELEMENTS = 1024 * 3 * 64
+from ._recording import is_eager_inference
+
+# Elements of a chunk: 1,024 tokens of 3 heads with 64 channels, 0.8 MB in float32; the caches hold a handful of these
+CHUNK_ELEMENTS = 1024 * 3 * 64
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -71,60 +72,60 @@ def without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext()
 
 
-def is_eager_inference(*tensors: torch.Tensor) -> bool:
-    """Whether operations on these CPU tensors are run here and now and recorded by nobody: no gradient, tracer, compiler or fake tensor."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensors[0].device.type != "cpu":
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+def exceeds_chunk(elements: int, *tensors: torch.Tensor) -> bool:
+    """Whether eager inference on tensors with this many elements per image should run in chunks of tokens."""
+    return is_eager_inference(*tensors) and elements > CHUNK_ELEMENTS
 
 
-def exceeds_piece(elements: int, *tensors: torch.Tensor) -> bool:
-    """Whether eager inference on tensors, of which one image has so many elements, should go in chunks of tokens."""
-    return elements > PIECE_ELEMENTS and is_eager_inference(*tensors)
-
-
-def attend_in_pieces(
+def evaluate(
     attend: Callable[..., torch.Tensor],
     attend_image: Optional[Callable[..., None]],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    empty: Callable[[], torch.Tensor],
+    **options: Any,
 ) -> torch.Tensor:
-    """Evaluates a mechanism for as many images at a time as fit a piece, or one image at a time in chunks of tokens.
+    """The one place that decides how a mechanism runs: on all tokens at once, or in eager inference in pieces that fit the cache.
 
     Args:
-        attend: (q, k, v) -> result, for some images at once.
-        attend_image: (out, q, k, v) -> None, for one image, without the batch axis; is to work through `sum_over_chunks` and `map_chunks`.
-            None: images are never cut.
-        q: Queries, (B, ...).
-        k: Keys, (B, ...).
-        v: Values, (B, ...).
-        empty: () -> a tensor for the result, (B, ...).
+        attend: `attend(q, k, v, **options)` -> result, for any number of images.
+        attend_image: `attend_image(out, q, k, v, **options)` writes the result of one image, without the batch axis, through
+            `sum_over_chunks` and `map_chunks`. None if an image is never split, as where all scores are written out.
+        q: Queries, (B, H, Nq, D) or (B, Nq, C).
+        k: Keys, (B, H, Nk, D) or (B, Nk, C).
+        v: Values, (B, H, Nk, Dv) or (B, Nk, C).
+        options: Passed on; tensors among them have no batch axis.
     """
+    if not is_eager_inference(q, k, v):
+        return attend(q, k, v, **options)  # without a look at the batch size, which may be dynamic in an exported graph
     B = q.shape[0]
     image_elements = max(q.numel(), k.numel()) // max(B, 1)
-    images = max(PIECE_ELEMENTS // max(image_elements, 1), 1)
-    if image_elements <= PIECE_ELEMENTS:
-        attend_image = None
-    if images >= B and attend_image is None:
-        return attend(q, k, v)
-    out = empty()
-    if attend_image is not None:
+    if attend_image is not None and image_elements > CHUNK_ELEMENTS:
+        out = _empty_result(q, v)
         for i in range(B):
-            attend_image(out[i], q[i], k[i], v[i])
+            attend_image(out[i], q[i], k[i], v[i], **options)
         return out
+    images = max(CHUNK_ELEMENTS // max(image_elements, 1), 1)  # that fit one chunk
+    if images >= B:
+        return attend(q, k, v, **options)
+    out = _empty_result(q, v)
     for i in range(0, B, images):
-        out[i : i + images] = attend(q[i : i + images], k[i : i + images], v[i : i + images])
+        out[i : i + images] = attend(q[i : i + images], k[i : i + images], v[i : i + images], **options)
     return out
 
 
+def _empty_result(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An empty result of q's type. With heads its memory is (B, Nq, H, Dv), so that joining them afterwards copies nothing."""
+    if q.dim() == 3:
+        return q.new_empty(q.shape)
+    B, H, N, _ = q.shape
+    return q.new_empty(B, N, H, v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)
+
+
 def chunks(*tensors: torch.Tensor, axis: int = -2) -> Iterator[Tuple[torch.Tensor, ...]]:
-    """Yields a piece along `axis` of each tensor at a time, widened. The first tensor sets the size, all are equally long there."""
+    """Yields chunks along `axis`, widened, of tensors that are equally long there; the first one's elements set the chunk length."""
     N = tensors[0].shape[axis]
-    step = max(PIECE_ELEMENTS * N // max(tensors[0].numel(), 1), 1)
+    step = max(CHUNK_ELEMENTS * N // max(tensors[0].numel(), 1), 1)
     for start in range(0, N, step):
         yield tuple(widen(x.narrow(axis, start, min(step, N - start))) for x in tensors)
 
@@ -157,9 +158,3 @@ def map_chunks(
         else:
             torch.mul(read(*chunk), factor, out=part)
         start += length
-
-
-def empty_heads_like(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """An empty (B, H, Nq, Dv) of q's type whose memory is (B, Nq, H, Dv), so that joining the heads afterwards copies nothing."""
-    B, H, N, _ = q.shape
-    return q.new_empty(B, N, H, v.shape[-1]).transpose(1, 2)  # (B, H, N, Dv)

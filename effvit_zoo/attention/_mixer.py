@@ -1,17 +1,33 @@
-"""TokenMixer: the shell that all interchangeable token mixers share: one q, k, v projection, heads, one output projection.
+"""TokenMixer, the base class of all interchangeable token mixers: one q, k, v projection, heads, one output projection.
 
-A mechanism is a pure function of q, k, v; its module subclasses `TokenMixer` and says only `mix(q, k, v)`. Constructor, call and
+A mechanism is a pure function of q, k, v; its module subclasses `TokenMixer` and defines `mix(q, k, v)`. Constructor, call and
 parameter names are those of timm's `Attention` (Apache-2.0), so a mixer is a drop-in `attn_layer` of timm's `VisionTransformer` and
-loads its weights. What a mechanism cannot honour raises ValueError instead of being ignored.
+loads its weights. Arguments that a mechanism cannot honour raise ValueError instead of being ignored.
 
 Layout: (B, N, C) -> (B, N, C), heads inside: B batch, N tokens, C channels, H heads, D = C // H.
 """
 
-from typing import ClassVar, Optional, Tuple, Type
+import math
+from typing import Any, Callable, ClassVar, NamedTuple, Optional, Tuple, Type
 
 import torch
 from timm.layers import register_notrace_function
 from torch import nn
+
+
+class MixerShape(NamedTuple):
+    """Size of one benchmark: N tokens, H heads, D channels per head."""
+
+    tokens: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def grid(self) -> Tuple[int, int]:
+        """(rows, columns) of N patches, as square as N allows."""
+        rows = next(r for r in range(math.isqrt(self.tokens), 0, -1) if self.tokens % r == 0)
+        return rows, self.tokens // rows
 
 
 @torch.fx.wrap
@@ -19,7 +35,7 @@ from torch import nn
 def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     """Raises ValueError if there is a mask or causality. A leaf for fx, to which every argument of a model looks like a tensor."""
     if attn_mask is not None:
-        raise ValueError(f"{mechanism} lets every token see every other, got an attn_mask, expected None")
+        raise ValueError(f"{mechanism} attends to every token, got an attn_mask, expected None")
     if is_causal:
         raise ValueError(f"{mechanism} is bidirectional, got is_causal=True, expected False")
 
@@ -27,8 +43,9 @@ def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bo
 class TokenMixer(nn.Module):
     """Projections, heads and dropout around `mix`; (B, N, C) -> (B, N, C).
 
-    Subclasses override `mix`, or `mix_tokens` if they use the projections in another way. One that can honour a mask or causality overrides
-    `forward` too, from `project_qkv` and `project_out`; one that has attention weights to drop sets `supports_attn_drop`.
+    Subclasses override `mix`, or `mix_tokens` if they use the projections in another way, and set the members for the benchmark: `label`,
+    `axes`, and `function` or `benchmark_function`. A mechanism that supports a mask or causality overrides `forward` too, from
+    `project_qkv` and `project_out`; one with attention weights that can be dropped sets `supports_attn_drop`.
 
     Args:
         dim: Channels C of the tokens.
@@ -42,9 +59,15 @@ class TokenMixer(nn.Module):
         norm_layer: Needed by `qk_norm` and `scale_norm`.
 
     Raises:
-        ValueError: If `num_heads` does not divide `dim`, a norm is asked for without `norm_layer`, or `attn_drop` is not supported.
+        ValueError: If `num_heads` does not divide `dim`, a norm is requested without `norm_layer`, or `attn_drop` is not supported.
     """
 
+    label: ClassVar[str] = ""
+    """Name in tables and plots."""
+    axes: ClassVar[str] = "heads"
+    """Axis order of the pure function's inputs: "heads" (B, H, N, D), "tokens" (B, N, C) or "channels" (B, H, D, N)."""
+    function: ClassVar[Optional[Callable[..., Any]]] = None
+    """The pure function where it needs nothing but q, k, v."""
     supports_attn_drop: ClassVar[bool] = False
     output_projections: ClassVar[Tuple[str, ...]] = ("proj",)
     """The Linear layers whose sum is the output, into which a factor of the output can be folded."""
@@ -88,6 +111,12 @@ class TokenMixer(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @classmethod
+    def benchmark_function(cls, shape: MixerShape) -> Callable[..., Any]:
+        """The mechanism without projections as a function of q, k, v, for tokens of this shape; here `function`."""
+        assert cls.function is not None, f"{cls.__name__} has neither function nor benchmark_function"
+        return cls.function
+
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The mechanism: q, k, v of (B, H, N, D) -> (B, H, N, D)."""
         raise NotImplementedError
@@ -129,12 +158,11 @@ def check_grid(mechanism: str, x: torch.Tensor, num_prefix_tokens: int, grid_siz
 
 
 class GridMixer(TokenMixer):
-    """A mixer that looks at the neighbourhood of a patch, (B, N, C) -> (B, N, C).
+    """Base class of mixers that read a patch's neighbourhood, (B, N, C) -> (B, N, C).
 
     Attributes:
-        grid_size: (rows, columns) of patches in row-major order; the model sets it after construction, and again when the image size
-            changes.
-        num_prefix_tokens: Tokens at the front that are not on the grid; the model sets it.
+        grid_size: (rows, columns) of patches in row-major order; set by the model after construction and whenever the image size changes.
+        num_prefix_tokens: Number of tokens at the front that are not on the grid; set by the model.
     """
 
     __constants__: ClassVar = [

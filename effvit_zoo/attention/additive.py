@@ -1,29 +1,41 @@
-"""Efficient additive attention of SwiftFormer: one pooled query for the whole image instead of a token-to-token matrix.
+"""Efficient additive attention of SwiftFormer: out_i = k^_i * sum_j w_j q^_j, linear in the number of tokens.
+
+One pooled query per image takes the place of a token-to-token matrix. Queries q^ and keys k^ are unit vectors, and the weights w = q^ w_g
+are normalised over the tokens.
 
 "SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications", arXiv:2303.15446.
-Official code: https://github.com/Amshaker/SwiftFormer @ 4aa6cd6752 (Apache-2.0). Own code; cost is linear in the number of tokens.
+Official code: https://github.com/Amshaker/SwiftFormer @ 4aa6cd6752 (Apache-2.0). Own code.
 
 Deliberate differences, none in value: the factor D ** -0.5 in front of the token weights is left out, as it cancels in their L2
 normalisation; x / max(|x|, 1e-12) is written x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for; the pooling is a product of
 matrices; half-precision inputs are normalised in float32, where their squares do not overflow.
 
 As a token mixer of a plain ViT the four projections are those of the paper under the ViT's names: queries and keys are two thirds of
-`qkv`; its last third, which has no values to make, projects the gated keys (official `Proj`), and `proj` is the last one (`final`). A
-class token is one more token, and heads are joined.
+`qkv`; its last third, as there are no values, projects the gated keys (official `Proj`), and `proj` is the last one (`final`). A class
+token is treated as any other token, and heads are joined.
 
 Layout: tokens (B, N, C) throughout; B batch, N tokens, C channels; one head.
 """
 
 from functools import partial
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._linear import exceeds_piece, map_chunks, widen
-from ._mixer import TokenMixer
+from ._linear import exceeds_chunk, map_chunks, widen
+from ._mixer import MixerShape, TokenMixer
+
+
+def naive_efficient_additive_attention(
+    q: torch.Tensor, k: torch.Tensor, w_g: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The official sequence of operations, with the scale that cancels; for tests."""
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    weights = F.normalize((q @ w_g) * q.shape[-1] ** -0.5, dim=1)  # (B, N, 1), over the tokens
+    return (weights * q).sum(1, keepdim=True) * k, q
 
 
 @torch.fx.wrap
@@ -79,7 +91,7 @@ def efficient_additive_attention(
     """
     if torch.jit.is_scripting():
         return _attend(q, k, w_g)
-    if not exceeds_piece(q.shape[1] * q.shape[2], q, k, w_g):
+    if not exceeds_chunk(q.shape[1] * q.shape[2], q, k, w_g):
         return _attend(q, k, w_g)
     context, out_q = torch.empty_like(k), torch.empty_like(q)
     for i in range(q.shape[0]):
@@ -118,8 +130,15 @@ class EfficientAdditiveAttention(nn.Module):
 class EfficientAdditiveMixer(TokenMixer):
     """Efficient additive attention as a token mixer, (B, N, C) -> (B, N, C). Adds the direction `w_g`, (C, 1).
 
-    `num_heads` only says over what `qk_norm` normalises.
+    `num_heads` matters to `qk_norm` only.
     """
+
+    label, axes = "additive", "tokens"
+
+    @classmethod
+    def benchmark_function(cls, shape: MixerShape) -> Callable[..., Any]:
+        w_g = torch.randn(shape.heads * shape.dim, 1, dtype=shape.dtype)
+        return lambda q, k, v: efficient_additive_attention(q, k, w_g)
 
     def __init__(self, dim: int, num_heads: int = 8, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)

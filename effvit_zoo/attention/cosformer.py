@@ -1,21 +1,21 @@
-"""cosFormer: relu features re-weighted by the cosine of the distance between tokens, linear in the number of tokens.
+"""cosFormer: out_i = sum_j s_ij v_j / sum_j s_ij with s_ij = (relu(q_i) . relu(k_j)) w_ij, w_ij the cosine of the distance of i and j.
+
+Linear in the number of tokens, for tokens on a line (`cosformer_attention`) or on a grid (`cosformer_attention_2d`).
 
 "cosFormer: Rethinking Softmax in Attention", arXiv:2202.08791. Official code: OpenNLPLab/cosFormer@8e12da11 (Apache-2.0).
 The form for images is its authors' own sequel, "Vicinity Vision Transformer", arXiv:2206.10552; official code:
 OpenNLPLab/Vicinity-Vision-Transformer@2c49e0ff (Apache-2.0). Own code.
 
-One scheme serves all forms: the weight of two places is a product of two short rows of a table, w_ij = t_i . t_j, with
+Derivation. The weight of two places is a product of two short rows of a table, w_ij = t_i . t_j, with
   1-D          t = [sin a, cos a]                                              w = cos(a_i - a_j)
   2-D sum      t = [cos a, sin a, cos b, sin b]                                w = cos(a_i - a_j) + cos(b_i - b_j)
   2-D product  t = [cos a cos b, cos a sin b, sin a cos b, sin a sin b]        w = cos(a_i - a_j) cos(b_i - b_j)
-where a = pi/2 index / N on a line, and a = pi/2 row / rows, b = pi/2 column / columns on a grid; all w are >= 0. So s_ij = (relu(q_i) .
-relu(k_j)) w_ij is the product of two features relu(x) (x) t of R D channels, R the table's width, and the keys can be summed first. Below
-R D tokens it is cheaper to write s out; the same table then gives w.
+where a = pi/2 index / N on a line, and a = pi/2 row / rows, b = pi/2 column / columns on a grid; all w are >= 0. So s_ij is the product of
+two features relu(x) (x) t of R D channels, R the table's width, and the keys can be summed first. Below R D tokens it is cheaper to write
+s out; the same table then gives w. Above that the 2-D sum form needs no features either, see `_grid_lines`.
 
-Above that the 2-D sum form needs no features either: `_grid_lines`.
-
-Deliberate differences from both: no causal form; sums, angles and tables in float32 whatever the input (half precision merges 784
-positions into 398 angles, and 1 / 1e-6 has no float16 value); indices from 0, which a difference of angles does not see. Of Vicinity's
+Deliberate differences from both papers: no causal form; sums, angles and tables in float32 whatever the input (half precision merges 784
+positions into 398 angles, and 1 / 1e-6 has no float16 value); indices from 0, which leaves differences of angles unchanged. Of Vicinity's
 block only the attention: no clipping of intermediate results, no gate on the output, no feature reduction.
 
 Prefix tokens (class, registers) have no place on the line or the grid, and neither paper has any. Taking the class token as index 0 would
@@ -26,8 +26,8 @@ Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); 
 """
 
 import math
-from functools import lru_cache, partial
-from typing import Any, Callable, ClassVar, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, ClassVar, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,8 @@ from timm.layers import register_notrace_function
 
 from ._grid_lines import attend_lines, attend_lines_image
 from ._linear import (
-    attend_in_pieces,
     check_heads,
-    empty_heads_like,
-    is_eager_inference,
+    evaluate,
     map_chunks,
     quadratic_is_cheaper,
     row_dot,
@@ -46,69 +44,80 @@ from ._linear import (
     widen,
     without_autocast,
 )
-from ._mixer import TokenMixer
+from ._mixer import GridMixer, MixerShape, TokenMixer
+from ._recording import remember
 
 
-def _angles(steps: int, period: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """pi/2 * i / period for i = 0 .. steps - 1, (steps,)."""
-    return torch.arange(steps, dtype=dtype, device=device) * (math.pi / 2 / period)
+def naive_cosformer_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6, num_prefix_tokens: int = 0
+) -> torch.Tensor:
+    """The 1-D formula pair by pair: quadratic, for tests."""
+    P = num_prefix_tokens
+    i, j = (torch.arange(x.shape[-2] - P, dtype=q.dtype) for x in (q, k))
+    cosines = torch.cos(math.pi / 2 * (i[:, None] - j) / max(len(i), len(j)))
+    scores = q.relu() @ k.relu().mT  # (B, H, P + Nq, P + Nk)
+    scores = torch.cat([scores[..., :P, :], torch.cat([scores[..., P:, :P], scores[..., P:, P:] * cosines], -1)], -2)
+    return scores @ v / scores.sum(-1, keepdim=True).clamp_min(eps)
 
 
-def _line_tables(Nq: int, Nk: int, dtype: torch.dtype, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The 1-D tables of queries and keys, (Nq, 2) and (Nk, 2)."""
-    longest = max(Nq, Nk)
-    a = _angles(longest, longest, dtype, device)
-    table = torch.stack([a.sin(), a.cos()], dim=-1)
-    return table[:Nq], table[:Nk]
+def naive_cosformer_attention_2d(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid_size: Tuple[int, int],
+    form: str = "sum",
+    eps: float = 1e-4,
+    num_prefix_tokens: int = 0,
+) -> torch.Tensor:
+    """The 2-D formula pair by pair: quadratic, for tests."""
+    P, (rows, columns) = num_prefix_tokens, grid_size
+    weights = torch.ones(P + rows * columns, P + rows * columns, dtype=q.dtype)
+    for i in range(rows * columns):
+        for j in range(rows * columns):
+            down = math.cos(math.pi / 2 * (i // columns - j // columns) / rows)
+            across = math.cos(math.pi / 2 * (i % columns - j % columns) / columns)
+            weights[P + i, P + j] = down + across if form == "sum" else down * across
+    scores = q.relu() @ k.relu().mT * weights
+    return scores @ v / (scores.sum(-1, keepdim=True) + eps)
+
+
+def _angles(steps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """pi/2 * i / steps for i = 0 .. steps - 1, (steps,)."""
+    return torch.arange(steps, dtype=dtype, device=device) * (math.pi / 2 / steps)
+
+
+def _line_table(places: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 1-D table, (places, 2)."""
+    a = _angles(places, dtype, device)
+    return torch.stack([a.sin(), a.cos()], dim=-1)
 
 
 def _grid_table(rows: int, columns: int, form: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The 2-D table of a row-major grid, (rows * columns, 4)."""
-    a = _angles(rows, rows, dtype, device).unsqueeze(1).expand(rows, columns).flatten()
-    b = _angles(columns, columns, dtype, device).unsqueeze(0).expand(rows, columns).flatten()
+    a = _angles(rows, dtype, device).unsqueeze(1).expand(rows, columns).flatten()
+    b = _angles(columns, dtype, device).unsqueeze(0).expand(rows, columns).flatten()
     if form == "sum":
         return torch.stack([a.cos(), a.sin(), b.cos(), b.sin()], dim=-1)
     return torch.stack([a.cos() * b.cos(), a.cos() * b.sin(), a.sin() * b.cos(), a.sin() * b.sin()], dim=-1)
 
 
-def _grid_tables(
-    rows: int, columns: int, form: str, dtype: torch.dtype, device: torch.device
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The 2-D tables of queries and keys, one and the same."""
-    table = _grid_table(rows, columns, form, dtype, device)
-    return table, table
+def _axis_table(lines: int, prefix: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The table of a grid's rows or columns, (lines, 1, 2); with `prefix` a third entry, 1, for pairs with prefix tokens."""
+    a = _angles(lines, dtype, device)
+    entries = [a.cos(), a.sin(), torch.ones_like(a)] if prefix else [a.cos(), a.sin()]
+    return torch.stack(entries, dim=-1).unsqueeze(-2)
 
 
-def _grid_line_tables(
-    rows: int, columns: int, prefix: bool, dtype: torch.dtype, device: torch.device
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The tables of a grid's rows and of its columns, (rows, 1, 2) and (columns, 1, 2).
-
-    With `prefix` rows have a third entry, 1, for the pairs in which every place weighs alike.
-    """
-    a, b = _angles(rows, rows, dtype, device), _angles(columns, columns, dtype, device)
-    of_rows = [a.cos(), a.sin(), torch.ones_like(a)] if prefix else [a.cos(), a.sin()]
-    return torch.stack(of_rows, dim=-1).unsqueeze(-2), torch.stack([b.cos(), b.sin()], dim=-1).unsqueeze(-2)
-
-
-def _line_weights(Nq: int, Nk: int, P: int, dtype: torch.dtype, device: torch.device) -> Tuple[torch.Tensor]:
+def _line_weights(Nq: int, Nk: int, P: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The weights of all pairs on a line with P prefix tokens in front, (P + Nq, P + Nk)."""
-    q_table, k_table = _line_tables(Nq, Nk, dtype, device)
-    return (F.pad(q_table @ k_table.t(), [P, 0, P, 0], value=1.0),)
+    table = _line_table(max(Nq, Nk), dtype, device)
+    return F.pad(table[:Nq] @ table[:Nk].t(), [P, 0, P, 0], value=1.0)
 
 
-def _grid_weights(
-    rows: int, columns: int, form: str, P: int, dtype: torch.dtype, device: torch.device
-) -> Tuple[torch.Tensor]:
+def _grid_weights(rows: int, columns: int, form: str, P: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The weights of all pairs on a grid with P prefix tokens in front, (P + rows * columns, P + rows * columns)."""
     table = _grid_table(rows, columns, form, dtype, device)
-    return (F.pad(table @ table.t(), [P, 0, P, 0], value=1.0),)
-
-
-@lru_cache(maxsize=32)
-def _kept(build: Callable[..., Tuple[torch.Tensor, ...]], *sizes: Any) -> Tuple[torch.Tensor, ...]:
-    """build(*sizes), kept: in eager inference every block asks for the same. Elsewhere it is a constant of the recorded graph."""
-    return build(*sizes)
+    return F.pad(table @ table.t(), [P, 0, P, 0], value=1.0)
 
 
 def _table_dtype(x: torch.Tensor) -> torch.dtype:
@@ -155,7 +164,7 @@ def _read_prefix(
     eps: float,
     clamp: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Takes the prefix queries' sums out of a summary and puts the prefix keys in their stead, for the queries of places.
+    """Takes the prefix queries' sums out of a summary and puts the prefix keys in their place, for the queries on the line or grid.
 
     Returns:
         The prefix tokens' output (..., P, D), and the summary (..., R * D + P, D) and (..., 1, R * D + P) to read.
@@ -166,7 +175,7 @@ def _read_prefix(
     normaliser = k_sum[..., places:].transpose(-2, -1) + scores.sum(-1, keepdim=True)
     kv = torch.cat([kv[..., :places, :], v_prefix], dim=-2)
     k_sum = torch.cat([k_sum[..., :places], torch.ones_like(k_sum[..., places:])], dim=-1)
-    return _divide(numerator, normaliser, eps, clamp), kv, k_sum
+    return _divide(numerator, normaliser, eps, clamp=clamp), kv, k_sum
 
 
 def _read(
@@ -180,7 +189,7 @@ def _read(
 ) -> torch.Tensor:
     """Queries (..., N, D) of places against a summary -> (..., N, D)."""
     f = _features(q, table, k_prefix)
-    return _divide(f @ kv, row_dot(f, k_sum), eps, clamp)
+    return _divide(f @ kv, row_dot(f, k_sum), eps, clamp=clamp)
 
 
 def _attend_pairs(
@@ -190,7 +199,7 @@ def _attend_pairs(
     dtype = q.dtype
     q, k, v = widen(q), widen(k), widen(v)
     scores = (q.relu() @ k.relu().transpose(-2, -1)).mul_(weights)  # (B, H, Nq, Nk)
-    return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp).to(dtype)
+    return _divide(scores @ v, scores.sum(-1, keepdim=True), eps, clamp=clamp).to(dtype)
 
 
 def _attend(
@@ -210,9 +219,9 @@ def _attend(
     q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
     kv, k_sum = _summarise(k, v, k_table, q_prefix)
     if P == 0:
-        return _read(q, q_table, kv, k_sum, k_prefix, eps, clamp).to(dtype)
-    out_prefix, kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp)
-    return torch.cat([out_prefix, _read(q, q_table, kv, k_sum, k_prefix, eps, clamp)], dim=-2).to(dtype)
+        return _read(q, q_table, kv, k_sum, k_prefix, eps, clamp=clamp).to(dtype)
+    out_prefix, kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp=clamp)
+    return torch.cat([out_prefix, _read(q, q_table, kv, k_sum, k_prefix, eps, clamp=clamp)], dim=-2).to(dtype)
 
 
 def _attend_image(
@@ -229,31 +238,9 @@ def _attend_image(
     q_prefix, k_prefix, v_prefix = widen(q[:, :P]), widen(k[:, :P]), widen(v[:, :P])
     kv, k_sum = sum_over_chunks(partial(_summarise, q_prefix=q_prefix), k[:, P:], v[:, P:], k_table)
     if P > 0:
-        out[:, :P], kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp)
+        out[:, :P], kv, k_sum = _read_prefix(kv, k_sum, q_prefix, k_prefix, v_prefix, eps, clamp=clamp)
     read = partial(_read, kv=kv, k_sum=k_sum, k_prefix=k_prefix, eps=eps, clamp=clamp)
     map_chunks(out[:, P:], read, q[:, P:], q_table)
-
-
-def _evaluate(
-    attend: Callable[..., torch.Tensor],
-    attend_image: Optional[Callable[..., None]],
-    build: Callable[..., Tuple[torch.Tensor, ...]],
-    sizes: Tuple[Any, ...],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *options: Any,
-) -> torch.Tensor:
-    """attend(q, k, v, *constants, *options) with the constants build(*sizes, dtype, device); in pieces in eager inference."""
-    sizes = *sizes, _table_dtype(q), q.device
-    with without_autocast(q):
-        if not is_eager_inference(q, k, v):
-            return attend(q, k, v, *build(*sizes), *options)
-        given = *_kept(build, *sizes), *options
-        in_image = None if attend_image is None else lambda out, q, k, v: attend_image(out, q, k, v, *given)
-        return attend_in_pieces(
-            lambda q, k, v: attend(q, k, v, *given), in_image, q, k, v, partial(empty_heads_like, q, v)
-        )
 
 
 @torch.fx.wrap
@@ -270,7 +257,7 @@ def cosformer_attention(
         k: Keys, (B, H, Nk, D).
         v: Values, (B, H, Nk, Dv).
         eps: Smallest normaliser, 1e-6 as in the official code.
-        num_prefix_tokens: How many tokens at the front of q and of k have no place in the order; their pairs have the cosine 1,
+        num_prefix_tokens: Number of tokens at the front of q and of k that have no place in the order; their pairs have the cosine 1,
             and Nq, Nk in the angle count the others.
 
     Returns:
@@ -280,21 +267,36 @@ def cosformer_attention(
         ValueError: If the shapes do not fit together or there are fewer tokens than prefix tokens.
     """
     check_heads(q, k, v)
-    Nq, Nk = q.shape[-2] - num_prefix_tokens, k.shape[-2] - num_prefix_tokens
-    if num_prefix_tokens < 0 or Nq < 1 or Nk < 1:
+    P, dtype = num_prefix_tokens, _table_dtype(q)
+    Nq, Nk = q.shape[-2] - P, k.shape[-2] - P
+    if P < 0 or Nq < 1 or Nk < 1:
         raise ValueError(
-            f"num_prefix_tokens must be 0 or more and leave a token, got {num_prefix_tokens} of {q.shape[-2]} and {k.shape[-2]}"
+            f"num_prefix_tokens must be 0 or more and leave a token, got {P} of {q.shape[-2]} and {k.shape[-2]}"
         )
     quadratic = quadratic_is_cheaper(q, k, rank=2)
     if torch.jit.is_scripting():
         if quadratic:
-            weights = _line_weights(Nq, Nk, num_prefix_tokens, _table_dtype(q), q.device)[0]
-            return _attend_pairs(q, k, v, weights, eps, True)
-        q_table, k_table = _line_tables(Nq, Nk, _table_dtype(q), q.device)
-        return _attend(q, k, v, q_table, k_table, eps, True)
-    if quadratic:
-        return _evaluate(_attend_pairs, None, _line_weights, (Nq, Nk, num_prefix_tokens), q, k, v, eps, True)
-    return _evaluate(_attend, _attend_image, _line_tables, (Nq, Nk), q, k, v, eps, True)
+            return _attend_pairs(q, k, v, _line_weights(Nq, Nk, P, dtype, q.device), eps, clamp=True)
+        table = _line_table(max(Nq, Nk), dtype, q.device)
+        return _attend(q, k, v, table[:Nq], table[:Nk], eps, clamp=True)
+    with without_autocast(q):
+        if quadratic:
+            weights = remember(_line_weights, q, Nq, Nk, P, dtype)
+            return evaluate(_attend_pairs, None, q, k, v, weights=weights, eps=eps, clamp=True)
+        table = remember(_line_table, q, max(Nq, Nk), dtype)
+        q_table, k_table = table[:Nq], table[:Nk]
+        return evaluate(_attend, _attend_image, q, k, v, q_table=q_table, k_table=k_table, eps=eps, clamp=True)
+
+
+def _check_grid(q: torch.Tensor, k: torch.Tensor, grid_size: Tuple[int, int], form: str, P: int) -> None:
+    rows, columns = grid_size
+    if form != "sum" and form != "product":
+        raise ValueError(f"form must be 'sum' or 'product', got '{form}'")
+    N = P + rows * columns
+    if q.shape[-2] != N or k.shape[-2] != N or P < 0 or rows < 1 or columns < 1:
+        raise ValueError(
+            f"expected {P} prefix tokens and a grid of {rows} x {columns}, got {q.shape[-2]} queries and {k.shape[-2]} keys"
+        )
 
 
 @torch.fx.wrap
@@ -320,7 +322,7 @@ def cosformer_attention_2d(
         grid_size: (rows, columns) of patches.
         form: "sum", the official default, or "product".
         eps: Added to the normaliser, 1e-4 as in the official code.
-        num_prefix_tokens: How many tokens at the front are not on the grid; their pairs have weight 1.
+        num_prefix_tokens: Number of tokens at the front that are not on the grid; their pairs have weight 1.
 
     Returns:
         (B, H, N, Dv) of q's type.
@@ -329,41 +331,48 @@ def cosformer_attention_2d(
         ValueError: If the shapes do not fit together or to the grid, or the form is unknown.
     """
     check_heads(q, k, v)
-    rows, columns = grid_size
-    if form != "sum" and form != "product":
-        raise ValueError(f"form must be 'sum' or 'product', got '{form}'")
-    N = num_prefix_tokens + rows * columns
-    if q.shape[-2] != N or k.shape[-2] != N or num_prefix_tokens < 0 or rows < 1 or columns < 1:
-        raise ValueError(
-            f"expected {num_prefix_tokens} prefix tokens and a grid of {rows} x {columns}, got {q.shape[-2]} queries and {k.shape[-2]} keys"
-        )
-    quadratic = quadratic_is_cheaper(q, k, rank=4)
+    _check_grid(q, k, grid_size, form, num_prefix_tokens)
     if torch.jit.is_scripting():
-        dtype = _table_dtype(q)
-        if quadratic:
-            weights = _grid_weights(rows, columns, form, num_prefix_tokens, dtype, q.device)[0]
-            return _attend_pairs(q, k, v, weights, eps, False)
+        return _attend_grid_scripted(q, k, v, grid_size, form, eps, num_prefix_tokens)
+    (rows, columns), P, dtype = grid_size, num_prefix_tokens, _table_dtype(q)
+    with without_autocast(q):
+        if quadratic_is_cheaper(q, k, rank=4):
+            weights = remember(_grid_weights, q, rows, columns, form, P, dtype)
+            return evaluate(_attend_pairs, None, q, k, v, weights=weights, eps=eps, clamp=False)
         if form == "sum":
-            of_rows, of_columns = _grid_line_tables(rows, columns, num_prefix_tokens > 0, dtype, q.device)
-            return attend_lines(q, k, v, of_rows, of_columns, eps)
-        q_table, k_table = _grid_tables(rows, columns, form, dtype, q.device)
-        return _attend(q, k, v, q_table, k_table, eps, False)
-    if quadratic:
-        weighed = rows, columns, form, num_prefix_tokens
-        return _evaluate(_attend_pairs, None, _grid_weights, weighed, q, k, v, eps, False)
+            row_table = remember(_axis_table, q, rows, P > 0, dtype)
+            column_table = remember(_axis_table, q, columns, False, dtype)
+            return evaluate(attend_lines, attend_lines_image, q, k, v, rows=row_table, columns=column_table, eps=eps)
+        table = remember(_grid_table, q, rows, columns, form, dtype)
+        return evaluate(_attend, _attend_image, q, k, v, q_table=table, k_table=table, eps=eps, clamp=False)
+
+
+def _attend_grid_scripted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid_size: Tuple[int, int], form: str, eps: float, P: int
+) -> torch.Tensor:
+    """`cosformer_attention_2d` in TorchScript, which knows neither the cache nor the evaluation in pieces."""
+    rows, columns = grid_size
+    dtype = _table_dtype(q)
+    if quadratic_is_cheaper(q, k, rank=4):
+        weights = _grid_weights(rows, columns, form, P, dtype, q.device)
+        return _attend_pairs(q, k, v, weights, eps, clamp=False)
     if form == "sum":
-        lines = rows, columns, num_prefix_tokens > 0
-        return _evaluate(attend_lines, attend_lines_image, _grid_line_tables, lines, q, k, v, eps)
-    return _evaluate(_attend, _attend_image, _grid_tables, (rows, columns, form), q, k, v, eps, False)
+        row_table = _axis_table(rows, P > 0, dtype, q.device)
+        return attend_lines(q, k, v, row_table, _axis_table(columns, False, dtype, q.device), eps)
+    table = _grid_table(rows, columns, form, dtype, q.device)
+    return _attend(q, k, v, table, table, eps, clamp=False)
 
 
 class CosformerAttention(TokenMixer):
     """Multi-head cosFormer over tokens in sequence order, (B, N, C) -> (B, N, C).
 
     Attributes:
-        num_prefix_tokens: Tokens at the front without a place in the order, 0 at first: the papers' literal form. A mixer is built without
-            knowledge of the model around it, so the model sets this afterwards.
+        num_prefix_tokens: Number of tokens at the front without a place in the order, initially 0: the papers' literal form. Set by the
+            model after construction, as a mixer is built without knowledge of the model around it.
     """
+
+    label = "cosFormer"
+    function = staticmethod(cosformer_attention)
 
     __constants__: ClassVar = ["num_prefix_tokens"]  # TorchScript sees class attributes only if they are named
     num_prefix_tokens: int = 0
@@ -372,21 +381,23 @@ class CosformerAttention(TokenMixer):
         return cosformer_attention(q, k, v, num_prefix_tokens=self.num_prefix_tokens)
 
 
-class Cosformer2dAttention(CosformerAttention):
+class Cosformer2dAttention(GridMixer):
     """Multi-head Vicinity attention over a grid of tokens, (B, N, C) -> (B, N, C).
 
     Attributes:
-        grid_size: (rows, columns) of patches; the model sets it after construction, and again when the image size changes.
-        num_prefix_tokens: Tokens at the front that are not on the grid; the model sets it.
         form: "sum" or "product".
 
     Raises:
         ValueError: In `forward`, if `grid_size` is unset or does not fit the tokens.
     """
 
+    label = "cosFormer 2-D"
     __constants__: ClassVar = ["form", "grid_size", "num_prefix_tokens"]
-    grid_size: Tuple[int, int] = (0, 0)
     form: str = "sum"
+
+    @classmethod
+    def benchmark_function(cls, shape: MixerShape) -> Callable[..., Any]:
+        return partial(cosformer_attention_2d, grid_size=shape.grid)
 
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return cosformer_attention_2d(q, k, v, self.grid_size, form=self.form, num_prefix_tokens=self.num_prefix_tokens)

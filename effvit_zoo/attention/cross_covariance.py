@@ -1,4 +1,4 @@
-"""Cross-covariance attention: channels attend to channels, so cost is linear in the number of tokens.
+"""Cross-covariance attention: out = softmax(t cos(q, k)) v over pairs of channels instead of tokens, so cost is linear in the tokens.
 
 "XCiT: Cross-Covariance Image Transformers", arXiv:2106.09681, in the form of EdgeNeXt, arXiv:2206.10589.
 Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f, models/sdta_encoder.py (MIT). Own code.
@@ -7,22 +7,31 @@ Deliberate differences: the norms scale the small D x D product rather than quer
 x * rsqrt(|x|^2 + 1e-24), which every runtime has kernels for (equal but for vectors shorter than 1e-11); half-precision queries and
 keys are compared in float32, where sums of squares over many tokens do not overflow.
 
-As a token mixer of a plain ViT a class token is one more token: it enters the comparison of the channels and receives the same mixture
-of them. (XCiT itself adds the class token behind these layers.)
+As a token mixer of a plain ViT a class token is treated as any other token: it enters the comparison of the channels and receives the same
+mixture of them. (XCiT itself adds the class token after these layers.)
 
-Layout: the function takes channels by tokens, (B, H, D, N); the modules tokens by channels, (B, N, C). B batch, N tokens, H heads,
+Layout: the functions take channels by tokens, (B, H, D, N); the modules tokens by channels, (B, N, C). B batch, N tokens, H heads,
 D channels per head, C = H * D.
 """
 
-from typing import Any, Tuple
+from functools import partial
+from typing import Any, Callable, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._linear import exceeds_piece, sum_over_chunks, widen
-from ._mixer import TokenMixer
+from ._linear import exceeds_chunk, sum_over_chunks, widen
+from ._mixer import MixerShape, TokenMixer
+
+
+def naive_cross_covariance_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor
+) -> torch.Tensor:
+    """The formula pair by pair of channels, (B, H, D, N); for tests."""
+    cosines = F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1, eps=0.0)  # (B, H, D, D)
+    return (temperature * cosines).softmax(-1) @ v
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +48,7 @@ def channel_cosines(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """
     if torch.jit.is_scripting():
         products, q_squares, k_squares = _products(widen(q), widen(k))
-    elif exceeds_piece(q.shape[-1] * q.shape[-2], q, k):
+    elif exceeds_chunk(q.shape[-1] * q.shape[-2], q, k):
         products, q_squares, k_squares = sum_over_chunks(_products, q, k, axis=-1)
     else:
         products, q_squares, k_squares = _products(widen(q), widen(k))
@@ -121,7 +130,12 @@ class CrossCovarianceAttention(nn.Module):
 class CrossCovarianceMixer(TokenMixer):
     """Cross-covariance attention as a token mixer, (B, N, C) -> (B, N, C). Adds a learned `temperature` per head, 1 at first."""
 
+    label, axes = "cross-covariance", "channels"
     supports_attn_drop = True
+
+    @classmethod
+    def benchmark_function(cls, shape: MixerShape) -> Callable[..., Any]:
+        return partial(cross_covariance_attention, temperature=torch.ones(shape.heads, 1, 1))
 
     def __init__(self, dim: int, num_heads: int = 8, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, device=device, dtype=dtype, **kwargs)

@@ -1,29 +1,26 @@
-"""ELU linear attention: phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) with phi(x) = elu(x) + 1, linear in the number of tokens.
+"""ELU linear attention: out_i = sum_j s_ij v_j / sum_j s_ij, s_ij = phi(q_i) . phi(k_j), phi(x) = elu(x) + 1. Linear in the tokens.
 
 "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention", arXiv:2006.16236.
 Official code: idiap/fast-transformers@2ad36b97 (MIT), `attention/linear_attention.py`. Own code; deliberate differences:
   - bidirectional only, layout (B, H, N, D) where theirs is (B, N, H, D), and no key mask;
   - phi is exp(min(x, 0)) + max(x, 0), with elu's slope of 1 at 0: elu(x) + 1 cancels for negative x, to 0 from about
     -17 down in float32 and from -8 in bfloat16;
-  - sums run in float32 whatever the input: the normaliser is about 1.35 D N, past float16's largest number at 784 tokens of 64 channels,
-    and 1 / 1e-6 has no float16 value;
-  - fewer tokens than channels are multiplied as (phi(q) phi(k)^T) v, which is the same product in a cheaper order.
-There are no positions in it, and a class token is one more token.
+  - sums are accumulated in float32 whatever the input: the normaliser is about 1.35 D N, which exceeds float16's range at 784 tokens of 64
+    channels, and 1 / 1e-6 has no float16 value;
+  - with fewer tokens than channels the product is (phi(q) phi(k)^T) v, the same result in a cheaper order.
+There are no positions in it; a class token is treated as any other token.
 
-Layout: function (B, H, N, D) -> (B, H, N, D), module (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H.
+Layout: functions (B, H, N, D) -> (B, H, N, D), module (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H.
 """
 
-from functools import partial
 from typing import Tuple
 
 import torch
 from timm.layers import register_notrace_function
 
 from ._linear import (
-    attend_in_pieces,
     check_heads,
-    empty_heads_like,
-    is_eager_inference,
+    evaluate,
     map_chunks,
     quadratic_is_cheaper,
     row_dot,
@@ -32,6 +29,13 @@ from ._linear import (
     without_autocast,
 )
 from ._mixer import TokenMixer
+
+
+def naive_elu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The formula pair by pair: quadratic, for tests."""
+    q, k = (torch.where(x >= 0, x + 1, x.clamp(max=0).exp()) for x in (q, k))
+    scores = q @ k.mT  # (B, H, Nq, Nk)
+    return scores @ v / (scores.sum(-1, keepdim=True) + eps)
 
 
 def _phi(x: torch.Tensor) -> torch.Tensor:
@@ -52,19 +56,20 @@ def _read(q: torch.Tensor, kv: torch.Tensor, k_sum: torch.Tensor, eps: float) ->
     return (q @ kv) / (row_dot(q, k_sum) + eps)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+def _attend_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     dtype = q.dtype
-    q, k, v = widen(q), widen(k), widen(v)
-    if quadratic_is_cheaper(q, k):
-        scores = _phi(q) @ _phi(k).transpose(-2, -1)  # (B, H, Nq, Nk)
-        return ((scores @ v) / (scores.sum(-1, keepdim=True) + eps)).to(dtype)
-    kv, k_sum = _summarise(k, v)
-    return _read(q, kv, k_sum, eps).to(dtype)
+    scores = _phi(widen(q)) @ _phi(widen(k)).transpose(-2, -1)  # (B, H, Nq, Nk)
+    return ((scores @ widen(v)) / (scores.sum(-1, keepdim=True) + eps)).to(dtype)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    kv, k_sum = _summarise(widen(k), widen(v))
+    return _read(widen(q), kv, k_sum, eps).to(q.dtype)
 
 
 def _attend_image(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
     kv, k_sum = sum_over_chunks(_summarise, k, v)
-    map_chunks(out, partial(_read, kv=kv, k_sum=k_sum, eps=eps), q)
+    map_chunks(out, lambda q: _read(q, kv, k_sum, eps), q)
 
 
 @torch.fx.wrap
@@ -85,17 +90,20 @@ def elu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps:
         ValueError: If the shapes do not fit together.
     """
     check_heads(q, k, v)
+    quadratic = quadratic_is_cheaper(q, k)
     if torch.jit.is_scripting():
-        return _attend(q, k, v, eps)
+        return _attend_pairs(q, k, v, eps) if quadratic else _attend(q, k, v, eps)
     with without_autocast(q):
-        if not is_eager_inference(q, k, v):
-            return _attend(q, k, v, eps)
-        attend_image = None if quadratic_is_cheaper(q, k) else partial(_attend_image, eps=eps)
-        return attend_in_pieces(partial(_attend, eps=eps), attend_image, q, k, v, partial(empty_heads_like, q, v))
+        if quadratic:
+            return evaluate(_attend_pairs, None, q, k, v, eps=eps)
+        return evaluate(_attend, _attend_image, q, k, v, eps=eps)
 
 
 class EluLinearAttention(TokenMixer):
     """Multi-head ELU linear attention, (B, N, C) -> (B, N, C)."""
+
+    label = "ELU"
+    function = staticmethod(elu_linear_attention)
 
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return elu_linear_attention(q, k, v)

@@ -1,32 +1,32 @@
-"""Hydra attention: as many heads as channels, cosine similarity; each query gates one global vector. O(N C), no matrix products.
+"""Hydra attention: out_i = q^_i * sum_j k^_j * v_j elementwise, with unit vectors q^ and k^. O(N C), without matrix products.
+
+It is linear attention with as many heads as channels and the cosine similarity as its kernel: each query gates one global vector.
 
 "Hydra Attention: Efficient Attention with Many Heads", arXiv:2209.07484; there is no official repository, the code is the paper's appendix.
 Own code; deliberate differences:
   - a token of zeros stays zero, with gradient 0 (theirs divides 0 by 0);
-  - norms and the sum over tokens run in float32 whatever the input.
+  - norms and the sum over tokens are computed in float32 whatever the input.
 The weights may be negative and do not sum to 1: the output grows with the number of tokens (as its root for unrelated tokens, linearly
-for alike ones), so a change of image size changes the size of the branch. A class token is one more token. The paper replaces the last
-layers, or interleaved ones, rather than all.
+for alike ones), so a change of image size changes the scale of the branch. A class token is treated as any other token. The paper replaces
+the last layers, or interleaved ones, rather than all.
 
-Layout: function (B, N, C) -> (B, N, C), module the same; B batch, N tokens, C channels.
+Layout: functions and module (B, N, C) -> (B, N, C); B batch, N tokens, C channels.
 """
 
-from functools import partial
 from typing import Tuple
 
 import torch
 from timm.layers import register_notrace_function
 
-from ._linear import (
-    attend_in_pieces,
-    inverse_norm,
-    is_eager_inference,
-    map_chunks,
-    sum_over_chunks,
-    widen,
-    without_autocast,
-)
+from ._linear import evaluate, inverse_norm, map_chunks, sum_over_chunks, widen, without_autocast
 from ._mixer import TokenMixer
+
+
+def naive_hydra_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Ordinary linear attention with C heads of one channel, pair by pair: O(N^2 C), for tests."""
+    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    q, k, v = (x.mT.unsqueeze(-1) for x in (q, k, v))  # (B, C, N, 1)
+    return (q @ k.mT @ v).squeeze(-1).mT
 
 
 def _inverse_l2_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,8 +50,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> to
 
 
 def _attend_image(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
-    (kv,) = sum_over_chunks(partial(_summarise, eps=eps), k, v)
-    map_chunks(out, partial(_unit_vectors, eps=eps), q, factor=kv)
+    (kv,) = sum_over_chunks(lambda k, v: _summarise(k, v, eps), k, v)
+    map_chunks(out, lambda q: _unit_vectors(q, eps), q, factor=kv)
 
 
 @torch.fx.wrap
@@ -81,14 +81,14 @@ def hydra_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: floa
     if torch.jit.is_scripting():
         return _attend(q, k, v, eps)
     with without_autocast(q):
-        if not is_eager_inference(q, k, v):
-            return _attend(q, k, v, eps)
-        attend, attend_image = partial(_attend, eps=eps), partial(_attend_image, eps=eps)
-        return attend_in_pieces(attend, attend_image, q, k, v, partial(q.new_empty, q.shape))
+        return evaluate(_attend, _attend_image, q, k, v, eps=eps)
 
 
 class HydraAttention(TokenMixer):
-    """Hydra attention, (B, N, C) -> (B, N, C). `num_heads` only says over what `qk_norm` normalises; mixing has C heads."""
+    """Hydra attention, (B, N, C) -> (B, N, C). `num_heads` matters to `qk_norm` only; mixing has C heads."""
+
+    label, axes = "Hydra", "tokens"
+    function = staticmethod(hydra_attention)
 
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         # (B, H, N, D) -> (B, N, C), a view of the projection's output

@@ -1,38 +1,45 @@
-"""Multi-scale linear attention of EfficientViT: ReLU linear attention over every position, at the pixel's scale and at coarser ones.
+"""Multi-scale linear attention of EfficientViT: out_i = sum_j s_ij v_j / (sum_j s_ij + eps), s_ij = relu(q_i) . relu(k_j).
 
 "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", arXiv:2205.14756 (MIT HAN lab, not MSRA's EfficientViT).
 Official code: https://github.com/mit-han-lab/efficientvit @ de7d7733cc (Apache-2.0), class `LiteMLA`. Own code with timm's parameter names.
 
-q, k and v of a coarser scale are those of the pixels around, aggregated by a depthwise convolution and mixed within each head's q, k or
-v; their heads stand beside the others. Per head, out = v k^T q / (sum(k) . q + eps) with relu(q) and relu(k): linear in the positions.
+It runs at the pixel's scale and at coarser ones: q, k and v of a coarser scale are those of the surrounding pixels, aggregated by a
+depthwise convolution and mixed within each head's q, k or v; their heads are concatenated to the others. Per head, the keys are summed
+first, v k^T q / (sum(k) . q): linear in the positions.
 
 Deliberate differences:
   - eps is 1e-5 as in timm, officially 1e-15: that has no float16 value, so a runtime which computes in float16 gets 0 / 0 wherever a query
     has no positive channel, and gradients through float16 overflow. Official logits move by at most 6e-6;
   - the attention is computed in float32 whatever the input, also under autocast: sums over thousands of positions leave float16's range;
-  - channels come first, as in the feature map, so nothing is transposed;
+  - channels come first, as in the feature map, so there are no transposes;
   - the mixing is a batched product instead of a convolution with hundreds of groups, which runs one group at a time on a CPU;
   - small maps take the same path as large ones (the official code multiplies k^T q first when there are no more pixels than channels).
 All but the first leave every value as it is.
 
 As a token mixer of a plain ViT: `proj` maps the pixel's scale and `proj_coarse` the others, which is one projection of both in two parts;
-biases are the ViT's, and there is no BatchNorm behind it, as the ViT has LayerNorm in front. Prefix tokens (class, registers) attend and
-are attended to at every scale; they have no neighbourhood, so at the coarser ones q, k and v remain their own.
+biases are the ViT's, and no BatchNorm follows, as the ViT has LayerNorm before it. Prefix tokens (class, registers) attend and are attended
+to at every scale; they have no neighbourhood, so at the coarser scales they keep their own q, k and v.
 
-Layout: module (B, C, H, W) -> (B, C, H, W), mixer (B, N, C) -> (B, N, C); function (M, D, N) -> (M, D, N): M heads of all images, D
+Layout: module (B, C, H, W) -> (B, C, H, W), mixer (B, N, C) -> (B, N, C); functions (M, D, N) -> (M, D, N): M heads of all images, D
 channels each, N = H * W positions.
 """
 
 from collections import OrderedDict
-from typing import Any, ClassVar, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
-from ._linear import exceeds_piece, map_chunks, sum_over_chunks, widen, without_autocast
-from ._mixer import GridMixer
+from ._linear import exceeds_chunk, map_chunks, sum_over_chunks, widen, without_autocast
+from ._mixer import GridMixer, MixerShape
+
+
+def naive_relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """One scale pair by pair of positions: quadratic, for tests."""
+    scores = q.relu().mT @ k.relu()  # (M, Nq, Nk)
+    return (scores @ v.mT / (scores.sum(-1, keepdim=True) + eps)).mT
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -88,7 +95,7 @@ def relu_linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps
     if torch.jit.is_scripting():
         return _attend(q, k, v, eps)
     with without_autocast(q):
-        if not exceeds_piece(q.shape[1] * q.shape[2], q, k, v):
+        if not exceeds_chunk(q.shape[1] * q.shape[2], q, k, v):
             return _attend(q, k, v, eps)
         out = v.new_empty(q.shape[0], v.shape[1], q.shape[2])
         for i in range(q.shape[0]):
@@ -174,14 +181,20 @@ class MultiScaleLinearAttention(nn.Module):
 class MultiScaleLinearMixer(GridMixer):
     """Multi-scale linear attention as a token mixer, (B, N, C) -> (B, N, C).
 
-    Adds `aggreg`, what gathers q, k and v of each coarser scale, and `proj_coarse`, their part of the output projection.
+    Adds `aggreg`, the aggregation of q, k and v at each coarser scale, and `proj_coarse`, these scales' part of the output projection.
 
     Raises:
-        ValueError: On `scale_norm`, which would have to normalise the scales together; in `forward` if the tokens are not the grid's.
+        ValueError: On `scale_norm`, which would have to normalise all scales jointly; in `forward` if the tokens are not the grid's.
     """
 
+    label, axes = "ReLU linear", "channels"
     output_projections = ("proj", "proj_coarse")
     scales: ClassVar[Tuple[int, ...]] = (5,)
+
+    @classmethod
+    def benchmark_function(cls, shape: MixerShape) -> Callable[..., Any]:
+        """One scale."""
+        return lambda q, k, v: relu_linear_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
 
     def __init__(
         self, dim: int, num_heads: int = 8, scale_norm: bool = False, device=None, dtype=None, **kwargs: Any

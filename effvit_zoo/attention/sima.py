@@ -1,30 +1,27 @@
-"""SimA: softmax-free attention whose q and k are divided by their l1 norm over the tokens, channel by channel. No exp, no normaliser.
+"""SimA: out = q^ k^^T v, where q^ and k^ are q and k divided by their l1 norm over the tokens, channel by channel. No exp, no normaliser.
 
 "SimA: Simple Softmax-free Attention for Vision Transformers", arXiv:2206.08898. Official code: UCDvision/sima@3ec3b8e0 (MIT), class
 `SimA` and the class attention of its XCiT variant. Own code; deliberate differences:
   - the norms scale the small D x D product rather than the tokens: q^ (k^^T v) = q diag(1 / (|q|_1 |k|_1)) k^T v;
-  - sums run in float32 whatever the input (1e-12 is 0 in float16, and a channel of zeros would be 0 / 0);
+  - sums are accumulated in float32 whatever the input (1e-12 is 0 in float16, and a channel of zeros would be 0 / 0);
   - a channel that is zero in every token gets the gradient 0, not 1e12;
   - the order of the products follows the cheaper side, as theirs, but from static shapes, so it does not change within one exported file.
-The output shrinks as 1 / N, so weights trained at one image size see smaller branches at a larger one. Batches must not pad tokens:
-padding would be in the norms. A class token is one more token; the official XCiT variant appends it for two class attention layers at the
-end only.
+The output shrinks as 1 / N, so weights trained at one image size see smaller branches at a larger one. Batches must not contain padding
+tokens, which would enter the norms. A class token is treated as any other token; the official XCiT variant appends it for two class
+attention layers at the end only.
 
 Layout: functions (B, H, N, D) -> (B, H, N, D), modules (B, N, C) -> (B, N, C); B batch, H heads, N tokens, D = C // H.
 """
 
-from functools import partial
 from typing import Tuple
 
 import torch
 from timm.layers import register_notrace_function
 
 from ._linear import (
-    attend_in_pieces,
     check_heads,
-    empty_heads_like,
+    evaluate,
     inverse_norm,
-    is_eager_inference,
     map_chunks,
     quadratic_is_cheaper,
     sum_over_chunks,
@@ -32,6 +29,17 @@ from ._linear import (
     without_autocast,
 )
 from ._mixer import TokenMixer
+
+
+def naive_sima_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:
+    """The formula pair by pair: quadratic, for tests."""
+    q, k = (x / x.abs().sum(-2, keepdim=True).clamp_min(eps) for x in (q, k))
+    return q @ k.mT @ v
+
+
+def naive_sima_class_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """All rows of SimA, of which the class token's is kept; for tests."""
+    return naive_sima_attention(q, k, v, eps)[:, :, :1]
 
 
 def _l1_norm(x: torch.Tensor) -> torch.Tensor:
@@ -49,12 +57,16 @@ def _summarise(k: torch.Tensor, v: torch.Tensor) -> Tuple[torch.Tensor, torch.Te
     return k.transpose(-2, -1) @ v, _l1_norm(k)
 
 
+def _attend_pairs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    dtype = q.dtype
+    q, k, v = widen(q), widen(k), widen(v)
+    scale = _joint_scale(_l1_norm(q), _l1_norm(k), eps)
+    return ((q * scale.unsqueeze(-2)) @ k.transpose(-2, -1) @ v).to(dtype)
+
+
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     dtype = q.dtype
     q, k, v = widen(q), widen(k), widen(v)
-    if quadratic_is_cheaper(q, k):
-        scale = _joint_scale(_l1_norm(q), _l1_norm(k), eps)
-        return ((q * scale.unsqueeze(-2)) @ k.transpose(-2, -1) @ v).to(dtype)
     kv, k_norm = _summarise(k, v)
     scale = _joint_scale(_l1_norm(q), k_norm, eps)
     return (q @ (kv * scale.unsqueeze(-1))).to(dtype)
@@ -62,9 +74,9 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> to
 
 def _attend_image(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> None:
     kv, k_norm = sum_over_chunks(_summarise, k, v)
-    (q_norm,) = sum_over_chunks(lambda x: (_l1_norm(x),), q)
+    (q_norm,) = sum_over_chunks(lambda q: (_l1_norm(q),), q)
     kv = kv * _joint_scale(q_norm, k_norm, eps).unsqueeze(-1)
-    map_chunks(out, lambda x: x @ kv, q)
+    map_chunks(out, lambda q: q @ kv, q)
 
 
 @torch.fx.wrap
@@ -85,13 +97,13 @@ def sima_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
         ValueError: If the shapes do not fit together.
     """
     check_heads(q, k, v)
+    quadratic = quadratic_is_cheaper(q, k)
     if torch.jit.is_scripting():
-        return _attend(q, k, v, eps)
+        return _attend_pairs(q, k, v, eps) if quadratic else _attend(q, k, v, eps)
     with without_autocast(q):
-        if not is_eager_inference(q, k, v):
-            return _attend(q, k, v, eps)
-        attend_image = None if quadratic_is_cheaper(q, k) else partial(_attend_image, eps=eps)
-        return attend_in_pieces(partial(_attend, eps=eps), attend_image, q, k, v, partial(empty_heads_like, q, v))
+        if quadratic:
+            return evaluate(_attend_pairs, None, q, k, v, eps=eps)
+        return evaluate(_attend, _attend_image, q, k, v, eps=eps)
 
 
 def _attend_class(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
@@ -105,7 +117,7 @@ def _attend_class(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float)
 @torch.fx.wrap
 @register_notrace_function
 def sima_class_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """The first row of `sima_attention`: only the class token, at index 0, asks; the norms are still over all tokens. O(N D).
+    """The first row of `sima_attention`: only the class token, at index 0, is a query; the norms are still over all tokens. O(N D).
 
     Args:
         q: Queries of all tokens, (B, H, N, D); those after the first enter its norm only.
@@ -128,6 +140,9 @@ def sima_class_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps:
 
 class SimaAttention(TokenMixer):
     """Multi-head SimA, (B, N, C) -> (B, N, C)."""
+
+    label = "SimA"
+    function = staticmethod(sima_attention)
 
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return sima_attention(q, k, v)

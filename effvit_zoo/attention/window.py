@@ -1,22 +1,22 @@
-"""Shifted-window attention of Swin: softmax attention inside small windows; every other block moves the windows by half their size.
+"""Shifted-window attention of Swin: out = softmax(q k^T / sqrt(D) + bias) v inside small windows, shifted in every other block.
 
 "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv:2103.14030.
 Official code: https://github.com/microsoft/Swin-Transformer @ f82860bfb5 (MIT). Own code with timm's parameter names.
 
-Everything that depends on the size of the map is decided when the map is there, so any height and width work, also in one module one
-after another: a side shorter than the window shrinks the window to it, a side not longer than the window is not shifted along, other
-sides are padded at their end to a multiple of the window. That is what timm (Apache-2.0) fixes at construction; both give the same values.
-As there, the map is rolled before it is padded, and padding takes part in attention as zero tokens.
+Windows are laid out when a map arrives, so one module takes maps of any height and width: along a side shorter than the window, the window
+shrinks to that side; along a side not longer than the window, nothing is shifted; other sides are padded at their end to a multiple of the
+window. timm (Apache-2.0) fixes the same at construction; both give the same values. As there, the map is rolled before it is padded, and
+padding takes part in attention as zero tokens.
 
-Deliberate differences, none in value: no masks or position indices among the buffers (they follow from the size, see `remember`; windows
-differ only in whether they are the last of their row or column, so four masks serve any map); where a window shrinks, its biases are
-those of the same offsets, without interpolation; matrix products are 3-D.
+Deliberate differences, none in value: no masks or position indices among the buffers (they follow from the size, see `_recording.remember`;
+windows differ only in whether they are the last of their row or column, so four masks serve any map); where a window shrinks, its biases
+are those of the same offsets, without interpolation; matrix products are 3-D.
 
 Layout: maps (B, H, W, C), windows (M, N, C), heads (M * heads, N, D); B images, M = B * n windows, n windows per image,
 N tokens per window, D = C // heads.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.fx
@@ -24,7 +24,41 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import nn
 
+from ._recording import remember
+
 Size = Tuple[int, int]
+
+
+def naive_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: torch.Tensor, size: Size, window: Size, shifted: bool
+) -> torch.Tensor:
+    """One dense attention over all tokens of a map and its padding, where pairs that share no window are masked; for tests.
+
+    Args:
+        q: Queries of the map, padded at its end to a multiple of the window, (B, heads, rows, columns, D).
+        k: Keys, likewise.
+        v: Values, likewise.
+        table: Bias of every offset down and right, (2 wh - 1, 2 ww - 1, heads).
+        size: (height, width) of the map before padding.
+        window: (wh, ww).
+        shifted: Whether the windows are shifted by half their size.
+    """
+    rows, columns = q.shape[2:4]
+    tokens = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)  # row and column of each token
+    apart, torn, offsets = torch.tensor(False), torch.tensor(False), []
+    for token, length, padded, side in zip(tokens, size, (rows, columns), window, strict=True):
+        shift, wide = side // 2 if shifted and length > side else 0, min(side, length)
+        place = torch.cat([(torch.arange(length) - shift) % length, torch.arange(length, padded)])[
+            token
+        ]  # after the roll
+        apart = apart | (place[:, None] // wide != place // wide)  # (N, N): not in one window
+        torn = torn | (
+            (place[:, None] >= padded - shift) != (place >= padded - shift)
+        )  # neighbours through the roll only
+        offsets.append(place[:, None] % wide - place % wide + side - 1)
+    scores = q.flatten(2, 3) @ k.flatten(2, 3).mT * q.shape[-1] ** -0.5 + table[offsets[0], offsets[1]].permute(2, 0, 1)
+    scores = (scores - 100.0 * torn).masked_fill(apart, -torch.inf)  # the official mask value
+    return (scores.softmax(-1) @ v.flatten(2, 3)).unflatten(2, (rows, columns))
 
 
 def window_and_shift(height: int, width: int, window: Size, shifted: bool) -> Tuple[int, int, int, int]:
@@ -69,7 +103,7 @@ def from_windows(windows: torch.Tensor, like: torch.Tensor, window: Size, shifte
 
 
 def relative_position_index(window: Size, device: Optional[torch.device] = None) -> torch.Tensor:
-    """(N, N): which row of a bias table, (2 wh - 1) * (2 ww - 1) offsets, belongs to a pair (query, key) of tokens of a window."""
+    """(N, N): the row of a bias table of (2 wh - 1) * (2 ww - 1) offsets for each pair (query, key) of tokens of a window."""
     position = torch.arange(window[0] * window[1], device=device)
     row, column = position // window[1], position % window[1]
     down = row[:, None] - row[None, :] + window[0] - 1
@@ -78,12 +112,12 @@ def relative_position_index(window: Size, device: Optional[torch.device] = None)
 
 
 def shift_masks(window: Size, device: Optional[torch.device] = None) -> torch.Tensor:
-    """(4, N, N): what to add to the scores in an inner window, the last of a row, the last of a column, and the last of both.
+    """(4, N, N): masks to add to the scores of an inner window, the last of a row, the last of a column, and the last of both.
 
-    It keeps apart what only the roll made neighbours.
+    They separate tokens that are neighbours through the roll only.
     """
     position = torch.arange(window[0] * window[1], device=device)
-    wrapped_down = position // window[1] >= window[0] - window[0] // 2  # (N,): came from the map's other end
+    wrapped_down = position // window[1] >= window[0] - window[0] // 2  # (N,): rolled over from the map's other end
     wrapped_right = position % window[1] >= window[1] - window[1] // 2
     down = wrapped_down[:, None] != wrapped_down[None, :]
     right = wrapped_right[:, None] != wrapped_right[None, :]
@@ -93,7 +127,7 @@ def shift_masks(window: Size, device: Optional[torch.device] = None) -> torch.Te
 def window_kinds(
     height: int, width: int, window: Size, shifted: bool, device: Optional[torch.device] = None
 ) -> torch.Tensor:
-    """(n,): which of the four masks each window of a map takes."""
+    """(n,): index of the mask, 0 to 3, of each window of a map."""
     wh, ww, down, right = window_and_shift(height, width, window, shifted)
     row = torch.arange((height + wh - 1) // wh, device=device)
     column = torch.arange((width + ww - 1) // ww, device=device)
@@ -105,32 +139,9 @@ def window_kinds(
 def window_rows(
     height: int, width: int, window: Size, shifted: bool, device: Optional[torch.device] = None
 ) -> torch.Tensor:
-    """(n * N,): the token of the flattened map that comes to each place of the windows, -1 for padding."""
+    """(n * N,): the token of the flattened map at each place of the windows, -1 for padding."""
     token = torch.arange(1, height * width + 1, device=device).reshape(1, height, width, 1)
     return to_windows(token, window, shifted).flatten() - 1
-
-
-_KEPT: Dict[Tuple[Any, ...], torch.Tensor] = {}
-_MAX_KEPT = 256  # about thirty image sizes; at 1024 px a size takes 2 MB at most
-
-
-def remember(build: Callable[..., torch.Tensor], like: torch.Tensor, *args: Any) -> torch.Tensor:
-    """build(*args, like.device), kept for the next call with the same arguments.
-
-    Results depend on sizes only, never on weights, so models may share them. Anything that records operations instead of doing them
-    (export, compile, trace, fake tensors) gets its own.
-    """
-    plain = type(like) in (torch.Tensor, nn.Parameter)
-    if not plain or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return build(*args, like.device)
-    key = (build, like.device, *args)
-    kept = _KEPT.get(key)
-    if kept is None:
-        while len(_KEPT) >= _MAX_KEPT:
-            _KEPT.pop(next(iter(_KEPT)))
-        with torch.inference_mode(False):  # also training may need it later
-            kept = _KEPT[key] = build(*args, like.device)
-    return kept
 
 
 def relative_position_bias(table: torch.Tensor, window: Size) -> torch.Tensor:
@@ -154,7 +165,7 @@ def crop_bias(bias: torch.Tensor, height: int, width: int, window: Size) -> torc
 
 
 def attention_bias(table: torch.Tensor, height: int, width: int, window: Size, shifted: bool) -> torch.Tensor:
-    """What to add to the scores on a map of this size: (1, heads, N, N), or (n, heads, N, N) where windows wrap around the map."""
+    """The addend of the scores on a map of this size: (1, heads, N, N), or (n, heads, N, N) where windows wrap around the map."""
     wh, ww, down, right = window_and_shift(height, width, window, shifted)
     bias = crop_bias(relative_position_bias(table, window).unsqueeze(0), height, width, window)
     if down == 0 and right == 0:
@@ -169,13 +180,13 @@ def attention_bias(table: torch.Tensor, height: int, width: int, window: Size, s
 
 
 def bias_by_kind(table: torch.Tensor, window: Size, shifted: bool) -> torch.Tensor:
-    """The bias as a constant for maps of any size: (1, heads, N, N), or (4, heads, N, N) with each of the four masks."""
+    """The bias as a constant that serves maps of any size: (1, heads, N, N), or (4, heads, N, N) with each of the four masks."""
     bias = relative_position_bias(table, window).unsqueeze(0)
     return bias + shift_masks(window, table.device).to(bias.dtype).unsqueeze(1) if shifted else bias.contiguous()
 
 
 def place_bias(by_kind: torch.Tensor, height: int, width: int, window: Size, shifted: bool) -> torch.Tensor:
-    """`attention_bias` from the constant that `bias_by_kind` made."""
+    """`attention_bias` from the constant of `bias_by_kind`."""
     by_kind = crop_bias(by_kind, height, width, window)
     down, right = window_and_shift(height, width, window, shifted)[2:]
     if down == 0 and right == 0:
@@ -187,7 +198,7 @@ def place_bias(by_kind: torch.Tensor, height: int, width: int, window: Size, shi
     return by_kind.index_select(0, kinds)
 
 
-# Sizes are unknown numbers under torch.fx, so what decides by them must be one node of its graph.
+# Sizes are unknown numbers under torch.fx, so functions that branch on them must be single nodes of its graph.
 torch.fx.wrap("to_windows")
 torch.fx.wrap("from_windows")
 torch.fx.wrap("attention_bias")
@@ -208,7 +219,7 @@ def window_attention(
         q: Queries, (M * heads, N, D), an image's windows together.
         k: Keys, likewise.
         v: Values, likewise.
-        bias: (n, heads, N, N) if every window of an image has its own, else (1, heads, N, N).
+        bias: (n, heads, N, N) if the windows of an image have different ones, else (1, heads, N, N).
         scale: Usually D ** -0.5; 1 if it is in the queries already.
         dropout: Rate at which attention weights are dropped.
 
@@ -222,7 +233,7 @@ def window_attention(
     scores = scores.reshape(-1, n, heads, N, N)
     # In place without gradients only: adding to a view costs the backward pass three more tensors of this size.
     scores = scores + bias if torch.is_grad_enabled() else scores.add_(bias)
-    # under one name: on large maps the scores are what a block needs most memory for
+    # one name, so that the scores are freed: on large maps they are a block's largest tensor
     scores = F.softmax(scores.reshape(-1, N, N), dim=-1)
     if dropout > 0.0:
         scores = F.dropout(scores, dropout)
@@ -235,8 +246,8 @@ class WindowAttention(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads; must divide `dim`.
-        window_size: (height, width) of the windows; smaller maps get smaller windows.
-        shifted: Move the windows by half their size.
+        window_size: (height, width) of the windows; on smaller maps they shrink.
+        shifted: Shift the windows by half their size.
         qkv_bias: Bias in the projection to queries, keys and values.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate after the output projection.
@@ -280,10 +291,10 @@ class WindowAttention(nn.Module):
             trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def set_window_size(self, window_size: Size) -> None:
-        """Changes the window and interpolates the bias table to it, as timm does (geometrically spaced bicubic interpolation).
+        """Changes the window and interpolates the bias table as timm does (geometrically spaced bicubic interpolation).
 
         Raises:
-            ValueError: If the module is fused and the window another one: the table is gone.
+            ValueError: If the module is fused and the window changes: there is no table to interpolate.
         """
         table = self.relative_position_bias_table
         if window_size == self.window_size:
@@ -301,7 +312,9 @@ class WindowAttention(nn.Module):
         M, N, C = windows.shape
         qkv = self.qkv(windows).reshape(M, N, 3, self.num_heads, C // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4).reshape(3, M * self.num_heads, N, C // self.num_heads)  # (3, M * heads, N, D)
-        q, k, v = qkv.unbind(0)  # its gradient is one copy, those of three subscripts are three of zeros and their sums
+        q, k, v = qkv.unbind(
+            0
+        )  # one copy in backward; three subscripts would cost three tensors of zeros and their sums
         return q, k, v
 
     def join_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -323,7 +336,7 @@ class WindowAttention(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> "WindowAttention":
-        """Scales the query weights once and for all and turns the bias table into a constant. Exact for maps of any size."""
+        """Folds the scale into the query weights and turns the bias table into a constant. Exact for maps of any size."""
         table = self.relative_position_bias_table
         if table is not None:
             C = self.qkv.in_features

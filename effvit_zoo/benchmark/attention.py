@@ -1,46 +1,41 @@
-"""`effzoo benchmark attention`: what every mechanism costs by itself, in time and memory, as the number of tokens grows.
+"""`effzoo benchmark attention`: time and memory of every mechanism by itself, as the number of tokens grows.
 
-Each is a function of q, k and v of one image; projections are not in it. Each of the three lies in memory of its own in the order of axes
-that the function takes (`--layout separate`), or all lie as one projection leaves them, (1, N, 3, H, D) (`--layout packed`): tokens that no
-longer fit the cache cost more there. Naive softmax (which writes the N x N table) and torch's fused one are the references.
-Convolutional modulation and the 2-D form of cosFormer take the tokens as a grid; of multi-scale linear attention it is one scale.
+Each is the function of q, k and v of one image, without projections, that its mixer gives by `benchmark_function`. q, k and v are
+contiguous in the axis order that the function takes (`--layout separate`), or views of one projection's output, (1, N, 3, H, D) (`--layout
+packed`): tokens that no longer fit the cache cost more there. Naive softmax (which writes the N x N table) and torch's fused one are the
+references. Convolutional modulation and the 2-D form of cosFormer take the tokens as a grid; multi-scale linear attention is measured at
+one scale.
 
-Time is the median of calls that take turns; a call of more than half a second is repeated three times only. Memory is the peak beside
-inputs and output (`memory.peak_bytes`), forward + backward including the gradients. Exponents are slopes in the double logarithmic plot
+Time is the median of calls that take turns; calls of more than half a second are repeated three times only. Memory is the peak on top of
+inputs and output (`peak.peak_bytes`), forward + backward including the gradients. Exponents are slopes in the double logarithmic plot
 between 1,024 and 16,384 tokens: 1 is linear, 2 quadratic. Forward runs without gradients.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
-from .. import attention
-from ..attention.additive import efficient_additive_attention
-from ..attention.cross_covariance import cross_covariance_attention
-from ..attention.multiscale_linear import relu_linear_attention
+from ..attention import TOKEN_MIXERS, MixerShape, TokenMixer
+from ..attention.softmax import naive_softmax_attention
 from ..errors import UserError, unknown_choice
-from ..export.optimize import time_in_turns
-from ..measure import cost
-from ..measure.host import gemm_gflops
+from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
+from ..measure.timing import time_in_turns
+from ..report.rows import check_output, make_console, write_rows
 from ..viz.scaling import Line, scaling
-from .backbones import write_rows
-from .command import check_output, make_console
 
 Tensor = torch.Tensor
 Function = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -51,93 +46,32 @@ SLOW_SECONDS, SLOW_REPEATS = 0.5, 3
 REFERENCE = "sdpa"
 
 
-class Shape(NamedTuple):
-    """Of one measurement: N tokens, H heads of D channels."""
-
-    tokens: int
-    heads: int
-    dim: int
-    dtype: torch.dtype
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of N patches, as square as N allows."""
-        rows = next(r for r in range(math.isqrt(self.tokens), 0, -1) if self.tokens % r == 0)
-        return rows, self.tokens // rows
-
-
-class Mechanism(NamedTuple):
-    """What is measured.
-
-    Attributes:
-        label: Its name in tables and plots.
-        axes: Order of the axes that it takes, a key of `AXES`.
-        build: Shape -> function of q, k and v.
-    """
-
-    label: str
-    axes: str
-    build: Callable[[Shape], Function]
-
-    def inputs(self, qkv: Tensor, packed: bool) -> tuple[Tensor, ...]:
-        """(1, N, 3, H, D) -> q, k and v for the function, views of it or contiguous copies."""
-        views = (AXES[self.axes](x) for x in qkv.unbind(2))
-        return tuple(views) if packed else tuple(x.clone(memory_format=torch.contiguous_format) for x in views)
-
-
 AXES: dict[str, Callable[[Tensor], Tensor]] = {
     "heads": lambda x: x.transpose(1, 2),  # (B, H, N, D)
     "tokens": lambda x: x.flatten(2),  # (B, N, C)
     "channels": lambda x: x.permute(0, 2, 3, 1),  # (B, H, D, N)
 }
+"""`TokenMixer.axes` -> view of (B, N, H, D) in that order."""
 
 
-def naive_softmax(shape: Shape) -> Function:
-    return lambda q, k, v: ((q * shape.dim**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+class NaiveSoftmax(TokenMixer):
+    """Softmax attention with all weights in memory."""
+
+    label = "softmax, naive"
+    function = staticmethod(naive_softmax_attention)
 
 
-def cosformer_2d(shape: Shape) -> Function:
-    return functools.partial(attention.cosformer_attention_2d, grid_size=shape.grid)
-
-
-def xca(shape: Shape) -> Function:
-    return functools.partial(cross_covariance_attention, temperature=torch.ones(shape.heads, 1, 1))
-
-
-def additive(shape: Shape) -> Function:
-    w_g = torch.randn(shape.heads * shape.dim, 1, dtype=shape.dtype)
-
-    return lambda q, k, v: efficient_additive_attention(q, k, w_g)
-
-
-def relu_linear(shape: Shape) -> Function:
-    return lambda q, k, v: relu_linear_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-
-
-def conv_modulation(shape: Shape) -> Function:
-    channels, side = shape.heads * shape.dim, 11
-    kernel = torch.randn(channels, 1, side, side, dtype=shape.dtype) / side
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        x = F.gelu(q).unflatten(1, shape.grid).permute(0, 3, 1, 2)  # (B, C, rows, columns), channels last in memory
-        return v * F.conv2d(x, kernel, padding=side // 2, groups=channels).flatten(2).mT
-
-    return call
-
-
-MECHANISMS = {
-    "naive": Mechanism("softmax, naive", "heads", naive_softmax),
-    "sdpa": Mechanism("softmax, SDPA", "heads", lambda shape: attention.softmax_attention),
-    "elu": Mechanism("ELU", "heads", lambda shape: attention.elu_linear_attention),
-    "cosformer": Mechanism("cosFormer", "heads", lambda shape: attention.cosformer_attention),
-    "cosformer_2d": Mechanism("cosFormer 2-D", "heads", cosformer_2d),
-    "hydra": Mechanism("Hydra", "tokens", lambda shape: attention.hydra_attention),
-    "sima": Mechanism("SimA", "heads", lambda shape: attention.sima_attention),
-    "xca": Mechanism("cross-covariance", "channels", xca),
-    "additive": Mechanism("additive", "tokens", additive),
-    "multiscale_linear": Mechanism("ReLU linear", "channels", relu_linear),
-    "conv_mod": Mechanism("conv modulation", "tokens", conv_modulation),
+MECHANISMS: dict[str, type[TokenMixer]] = {
+    "naive": NaiveSoftmax,
+    REFERENCE: TOKEN_MIXERS["softmax"],
+    **{name: mixer for name, mixer in TOKEN_MIXERS.items() if name != "softmax"},
 }
+
+
+def make_inputs(mixer: type[TokenMixer], qkv: Tensor, packed: bool) -> tuple[Tensor, ...]:
+    """(1, N, 3, H, D) -> q, k and v for a mixer's function, views of it or contiguous copies."""
+    views = (AXES[mixer.axes](x) for x in qkv.unbind(2))
+    return tuple(views) if packed else tuple(x.clone(memory_format=torch.contiguous_format) for x in views)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,11 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per mechanism (default: %(default)s)")
-    parser.add_argument("--no-backward", action="store_true", help="leave training steps out")
+    parser.add_argument("--no-backward", action="store_true", help="skip forward + backward")
     parser.add_argument(
         "--output",
         type=Path,
-        help="write the rows to FILE.csv or FILE.json, and a plot per dtype beside it (FILE-float32.png)",
+        help="write the rows to FILE.csv or FILE.json, and a plot per dtype next to it (FILE-float32.png)",
     )
 
 
@@ -177,13 +111,13 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console(150)
-    host = {"processor": cost.processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
+    host = {"processor": processor_name(), "threads": args.threads, "gemm_gflops": gemm_gflops()}
     header = f"{host['processor']}, {args.threads} thread(s), float32 matrix products {host['gemm_gflops']:.0f} GFLOP/s"
     console.print(f"{header}, torch {torch.__version__}", highlight=False)
     rows = []
     for dtype in args.dtype:
         for backward in (False,) if args.no_backward else (False, True):
-            shapes = [Shape(tokens, args.heads, args.dim, DTYPES[dtype]) for tokens in sorted(set(args.tokens))]
+            shapes = [MixerShape(tokens, args.heads, args.dim, DTYPES[dtype]) for tokens in sorted(set(args.tokens))]
             with console.status(f"{dtype}, {pass_name(backward)}"):
                 block = measure(args.mechanisms, shapes, backward, args.repeats, args.layout)
             add_exponents(block)
@@ -199,8 +133,8 @@ def run(args: argparse.Namespace) -> None:
             path = args.output.with_name(f"{args.output.stem}-{dtype}.png")
             title = f"One image, {args.heads} heads of {args.dim} channels, {dtype}, q, k, v {args.layout}"
             subtitle = (
-                f"{header}. Memory: peak beside inputs and output. "
-                f"Numbers behind names: exponent of N, {FIT[0]:,} to {FIT[1]:,} tokens."
+                f"{header}. Memory: peak on top of inputs and output. "
+                f"Numbers after names: exponent of N, {FIT[0]:,} to {FIT[1]:,} tokens."
             )
             scaling(lines([row for row in rows if row["dtype"] == dtype]), title, subtitle, path)
             console.print(f"plot: {path}", highlight=False)
@@ -211,22 +145,22 @@ def pass_name(backward: bool) -> str:
 
 
 def measure(
-    names: list[str], shapes: list[Shape], backward: bool, repeats: int, layout: str = "separate"
+    names: list[str], shapes: list[MixerShape], backward: bool, repeats: int, layout: str = "separate"
 ) -> list[dict[str, Any]]:
-    """A row per shape and mechanism: milliseconds, peak_mb, and how many times faster than fused softmax it is.
+    """A row per shape and mechanism: milliseconds, peak_mb, and the speed relative to fused softmax.
 
-    Shapes take turns too, or a change of the clock would look like a change of the exponent. A row is left out if the naive form's tables
-    do not fit the free memory.
+    Shapes take turns too, so that a change of the clock does not look like a change of the exponent. A row is skipped if the naive form's
+    tables do not fit the free memory.
     """
-    calls: dict[tuple[str, Shape], Callable[[], Any]] = {}
+    calls: dict[tuple[str, MixerShape], Callable[[], Any]] = {}
     for shape in shapes:
         qkv = torch.randn(1, shape.tokens, 3, shape.heads, shape.dim, generator=torch.Generator().manual_seed(0))
         tables = (4 if backward else 2) * shape.heads * shape.tokens**2 * shape.dtype.itemsize
         fits = tables < 0.8 * psutil.virtual_memory().available
         for name in names:
             if name != "naive" or fits:
-                inputs = MECHANISMS[name].inputs(qkv.to(shape.dtype), packed=layout == "packed")
-                calls[name, shape] = bound(MECHANISMS[name].build(shape), inputs, backward)
+                inputs = make_inputs(MECHANISMS[name], qkv.to(shape.dtype), packed=layout == "packed")
+                calls[name, shape] = bound(MECHANISMS[name].benchmark_function(shape), inputs, backward)
     with torch.set_grad_enabled(backward):
         megabytes = {key: peak_bytes(call) / 2**20 for key, call in calls.items()}
         milliseconds = _milliseconds(calls, repeats)
@@ -248,10 +182,12 @@ def measure(
     ]
 
 
-def _milliseconds(calls: dict[tuple[str, Shape], Callable[[], Any]], repeats: int) -> dict[tuple[str, Shape], float]:
-    """Median time of each call; the quick ones take their turns between single calls of the slow ones."""
-    quick: dict[tuple[str, Shape], Callable[[], Any]] = {}
-    slow: dict[tuple[str, Shape], Callable[[], Any]] = {}
+def _milliseconds(
+    calls: dict[tuple[str, MixerShape], Callable[[], Any]], repeats: int
+) -> dict[tuple[str, MixerShape], float]:
+    """Median time of each call; quick ones take turns between single calls of slow ones."""
+    quick: dict[tuple[str, MixerShape], Callable[[], Any]] = {}
+    slow: dict[tuple[str, MixerShape], Callable[[], Any]] = {}
     for key, call in calls.items():
         start = time.perf_counter()
         call()
@@ -264,7 +200,7 @@ def _milliseconds(calls: dict[tuple[str, Shape], Callable[[], Any]], repeats: in
 
 
 def bound(function: Function, inputs: tuple[Tensor, ...], backward: bool) -> Callable[[], Any]:
-    """The call to be measured: the function on its inputs, and the gradients of the inputs for given ones of the outputs."""
+    """The call to be measured: the function on its inputs, with `backward` also the gradients of its inputs."""
     if not backward:
         return lambda: function(*inputs)
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -281,7 +217,7 @@ def bound(function: Function, inputs: tuple[Tensor, ...], backward: bool) -> Cal
 
 
 def add_exponents(rows: list[dict[str, Any]]) -> None:
-    """Adds time_exponent and memory_exponent, per mechanism, to all its rows; None where there are no two points to fit."""
+    """Adds time_exponent and memory_exponent to all rows of a mechanism; None where there are no two points to fit."""
     for name in {row["mechanism"] for row in rows}:
         own = [row for row in rows if row["mechanism"] == name]
         for key, value in (("time_exponent", "milliseconds"), ("memory_exponent", "peak_mb")):
@@ -299,7 +235,7 @@ def slope(points: list[tuple[int, float]]) -> float | None:
 
 
 def lines(rows: list[dict[str, Any]]) -> dict[str, list[Line]]:
-    """Rows of one dtype -> what the plot draws, per pass."""
+    """Rows of one dtype -> the lines of the plot, per pass."""
     passes: dict[str, list[Line]] = {}
     for row in rows:
         if any(line.name == MECHANISMS[row["mechanism"]].label for line in passes.setdefault(row["pass"], [])):
@@ -324,7 +260,7 @@ def print_table(console: Console, rows: list[dict[str, Any]], title: str) -> Non
     tokens = sorted({row["tokens"] for row in rows})
     for caption, cell, exponent in (
         ("ms (times as fast as SDPA)", _time_cell, "time_exponent"),
-        ("MB beside inputs and output", _memory_cell, "memory_exponent"),
+        ("MB on top of inputs and output", _memory_cell, "memory_exponent"),
     ):
         table = Table(title=f"{title}: {caption}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
         table.add_column("mechanism")

@@ -1,16 +1,13 @@
-"""`effzoo benchmark backbones`: our backbones against timm's with the same weights, in one process, taking turns.
+"""`effzoo benchmark backbones`: our backbones against timm's with the same weights, timed in turns in one process.
 
-Per model and batch: timm's eager and timm's `torch.compile` with frozen weights; ours fused in plain eager; ours after
-`optimize_for_inference`, with torch alone and with the other runtimes that are installed; and a training step (forward and backward)
-of both. Beside each time stands what share of the host's own matrix
-product rate it is.
+For each model and batch size: timm's model in eager mode and under `torch.compile` with frozen weights; ours fused, in eager mode; ours
+after `optimize_for_inference`, with torch's forms only and with those of the installed runtimes; and a training step (forward and
+backward) of both. Next to each time stands its share of the host's own matrix product rate.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,16 +21,17 @@ from rich.table import Table
 from timm.models import reparameterize_model
 from torch import nn
 
-from ..export.optimize import COMPILED_FORMS, EAGER_FORMS, optimize_for_inference, time_in_turns
-from ..export.runtimes import RUNTIMES
+from ..export.optimize import COMPILED_FORMS, EAGER_FORMS, RUNTIME_FORMS, optimize_for_inference
 from ..measure import cost
 from ..measure.allocator import keep_freed_memory
-from ..measure.host import gemm_gflops
+from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
-from .command import check_output, make_console
+from ..measure.timing import time_in_turns
+from ..report.rows import check_output, make_console, write_rows
 
 MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
 MEMORY_SIDE = 1024
+OPTIMIZED = ("optimized_torch", "optimized")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,23 +39,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", default=MODELS, metavar="NAME", help="timm's names (default: %(default)s)"
     )
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="(default: 1 8)")
-    parser.add_argument("--train-batch", type=int, default=32, help="images per training step, 0 to leave it out")
+    parser.add_argument("--train-batch", type=int, default=32, help="images per training step; 0 skips training")
     parser.add_argument("--img-size", type=int, default=224, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls per form (default: %(default)s)")
     parser.add_argument(
-        "--memory", action="store_true", help=f"peak memory of a forward pass at {MEMORY_SIDE} pixels too"
+        "--memory", action="store_true", help=f"also measure the peak memory of a forward pass at {MEMORY_SIDE} pixels"
     )
     parser.add_argument("--output", type=Path, help="write the rows to FILE.csv or FILE.json")
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`.
+
+    Memory that is freed is kept, as `train.py` does: otherwise page faults take a quarter of a training step or more, and how many of
+    them a model gets changes from run to run.
+    """
     check_output(args.output)
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     console = make_console()
     rate = gemm_gflops()
     console.print(
-        f"{cost.processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"
+        f"{processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"
     )
     rows = []
     for name in args.models:
@@ -78,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         write_rows(rows, args.output)
 
 
-def twins(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
-    """timm's model and ours with the same weights, BatchNorm statistics off their initial values, in eval mode."""
+def same_weights(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
+    """timm's model and ours with the same weights and with random BatchNorm statistics, in eval mode."""
     sized: dict[str, Any] = {"img_size": img_size} if name.startswith("swin") else {}
     theirs = timm.create_model(name, **sized).eval()
     generator = torch.Generator().manual_seed(0)
@@ -93,14 +97,14 @@ def twins(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
 
 
 def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
-    """Times in ms: timm_eager, timm_compiled, fused (ours, eager), optimized_torch and optimized (ours, the best of torch's forms and of
-    all forms); ratios are theirs over ours."""
-    theirs, ours = twins(name, img_size)
+    """Times in ms of timm's (timm_eager, timm_compiled) and ours (fused in eager mode; optimized_torch, the fastest of torch's forms;
+    optimized, the fastest of all), and ratios of timm's time to ours."""
+    theirs, ours = same_weights(name, img_size)
     sample = torch.randn(batch, 3, img_size, img_size)
     macs = batch * cost.count_macs(theirs, (3, img_size, img_size))
     fused = reparameterize_model(ours)
     in_torch = optimize_for_inference(ours, sample, forms=[*EAGER_FORMS, *COMPILED_FORMS], repeats=repeats)
-    optimized = optimize_for_inference(ours, sample, forms=[in_torch.form, *RUNTIMES], repeats=repeats)
+    optimized = optimize_for_inference(ours, sample, forms=[in_torch.form, *RUNTIME_FORMS], repeats=repeats)
     with torch.inference_mode():
         compiled = torch.compile(theirs, options={"freezing": True})
         calls: dict[str, Callable[[], Any]] = {
@@ -122,9 +126,9 @@ def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[st
         "error": error,
         "fused_ratio": times["timm_eager"] / times["fused"],
         **{
-            f"{form}_ratio_{name}": time / times[form]
-            for form in ("optimized_torch", "optimized")
-            for name, time in (
+            f"{form}_ratio_{over}": time / times[form]
+            for form in OPTIMIZED
+            for over, time in (
                 ("eager", times["timm_eager"]),
                 ("best", min(times["timm_eager"], times["timm_compiled"])),
             )
@@ -134,12 +138,8 @@ def inference_row(name: str, batch: int, img_size: int, repeats: int) -> dict[st
 
 
 def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of forward and backward, timm's and ours, and their ratio, with the allocator set as train.py sets it.
-
-    Otherwise page faults take a quarter of the time or more, and which model gets more of them changes from run to run.
-    """
-    keep_freed_memory()
-    theirs, ours = twins(name, img_size)
+    """Milliseconds of forward and backward, timm's and ours, and their ratio."""
+    theirs, ours = same_weights(name, img_size)
     image, target = torch.randn(batch, 3, img_size, img_size), torch.randint(1000, (batch,))
 
     def step(model: nn.Module) -> Callable[[], None]:
@@ -162,26 +162,14 @@ def training_row(name: str, batch: int, img_size: int, repeats: int) -> dict[str
 
 
 def memory_row(name: str) -> dict[str, Any]:
-    """The most MB that one image of `MEMORY_SIDE` pixels needs at a time beside weights and result: timm's, ours, ours fused."""
-    theirs, ours = twins(name, MEMORY_SIDE)
+    """Peak MB of a forward pass for one image of `MEMORY_SIDE` pixels, without weights and result: timm's, ours, ours fused."""
+    theirs, ours = same_weights(name, MEMORY_SIDE)
     image = torch.randn(1, 3, MEMORY_SIDE, MEMORY_SIDE)
     row: dict[str, Any] = {"model": name, "batch": 1}
     for key, model in {"timm_mb": theirs, "ours_mb": ours, "fused_mb": reparameterize_model(ours)}.items():
         with torch.inference_mode():
             row[key] = peak_bytes(partial(model, image)) / 2**20
     return row
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Rows with differing keys as CSV or JSON, by the name's ending."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -199,48 +187,24 @@ def _print_inference(console: Console, row: dict[str, Any]) -> None:
 
 def _print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     measured = [row for row in rows if "fused_ratio" in row]
+    ratios = ("fused_ratio", *(f"{form}_ratio_{over}" for form in OPTIMIZED for over in ("eager", "best")))
     table = Table(title="ms (share of the matrix product rate); x: timm's time over ours")
-    columns = (
-        "model",
-        "batch",
-        "timm eager",
-        "timm compiled",
-        "fused",
-        "x eager",
-        "optimized, torch",
-        "x eager",
-        "x best of timm",
-        "optimized",
-        "x eager",
-        "x best of timm",
-    )
-    for column in columns:
+    for column in ("model", "batch", "timm eager", "timm compiled", "fused", "x eager"):
         table.add_column(column, justify="left" if column == "model" else "right")
+    for column in ("optimized, torch", "optimized"):
+        for title in (column, "x eager", "x best of timm"):
+            table.add_column(title, justify="right")
     for row in measured:
-
-        def cell(key: str, row: dict[str, Any] = row) -> str:
-            return f"{row[key]:.1f} ({100 * row['gflop'] / row[key] * 1e3 / row['gemm_gflops']:.0f} %)"
-
-        table.add_row(
-            row["model"],
-            str(row["batch"]),
-            cell("timm_eager"),
-            cell("timm_compiled"),
-            cell("fused"),
-            f"{row['fused_ratio']:.2f}",
-            f"{cell('optimized_torch')} {row['form_torch']}",
-            f"{row['optimized_torch_ratio_eager']:.2f}",
-            f"{row['optimized_torch_ratio_best']:.2f}",
-            f"{cell('optimized')} {row['form']}",
-            f"{row['optimized_ratio_eager']:.2f}",
-            f"{row['optimized_ratio_best']:.2f}",
-        )
+        times = {
+            key: f"{row[key]:.1f} ({100 * row['gflop'] / row[key] * 1e3 / row['gemm_gflops']:.0f} %)"
+            for key in ("timm_eager", "timm_compiled", "fused", *OPTIMIZED)
+        }
+        x = [f"{row[key]:.2f}" for key in ratios]
+        chosen = [f"{times['optimized_torch']} {row['form_torch']}", f"{times['optimized']} {row['form']}"]
+        eager = (times["timm_eager"], times["timm_compiled"], times["fused"])
+        table.add_row(row["model"], str(row["batch"]), *eager, x[0], chosen[0], *x[1:3], chosen[1], *x[3:])
     if measured:
-        keys = (
-            "fused_ratio",
-            *(f"optimized{which}_ratio_{over}" for which in ("_torch", "") for over in ("eager", "best")),
-        )
-        means = [f"{geometric_mean([row[key] for row in measured]):.2f}" for key in keys]
+        means = [f"{geometric_mean([row[key] for row in measured]):.2f}" for key in ratios]
         table.add_section()
         table.add_row("geometric mean", "", "", "", "", means[0], "", *means[1:3], "", *means[3:])
     console.print(table)

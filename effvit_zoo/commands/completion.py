@@ -44,10 +44,11 @@ def script(shell: str) -> str:
 
     parser = full_parser()
     own = model_names()
+    runs = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate"]
     words = {
         "model": [*own, *(name for name in timm.list_models() if name not in own)],
         "family": sorted({family(name) for name in own}),
-        "config": sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")),
+        "config": sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in runs),
     }
     for action in _actions(parser):
         kind = KINDS.get(action.dest, action.dest)

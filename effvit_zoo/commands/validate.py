@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..report.rows import check_output, print_table, shown, write_rows
-from ..run_folder import EXTRA_KEY
+from ..run_folder import EXTRA_KEY, VALIDATION, read_json, run_of, write_json
 from ._arguments import MODEL_HELP
 
 if TYPE_CHECKING:
@@ -77,10 +78,31 @@ def run(args: argparse.Namespace) -> None:
         _print_one(rows[0])
     else:
         _print_summary(rows)
-    if args.results_file:
-        write_rows(_plain(rows) if args.results_file.suffix == ".csv" else rows, args.results_file)
+    for row in rows:
+        _record(row)
+    if args.results_file and args.results_file.suffix == ".json":
+        write_json(args.results_file, rows[0] if len(rows) == 1 else rows)
+    elif args.results_file:
+        write_rows(_plain(rows), args.results_file)
     if failed:
         raise UserError(f"{len(failed)} of {len(args.model)} models could not be measured: {', '.join(failed)}")
+
+
+def _record(row: Mapping[str, Any]) -> None:
+    """Adds a result to the validation.json of the run that a model belongs to, where the model card finds it."""
+    from .. import hub
+    from ..export import target_of
+
+    resolved = "" if target_of(row["model"]) else hub.resolve_name(row["model"])
+    run = run_of(Path(resolved.removeprefix(hub.LOCAL))) if resolved.startswith(hub.LOCAL) else None
+    if run is None or not os.access(run, os.W_OK):
+        return
+    path = run / VALIDATION
+    key = ("model", "data", "split", "fingerprint", "input_size", "crop_pct")
+    entry = {name: value for name, value in row.items() if name != "tables"} | {"model": Path(resolved).name}
+    known = read_json(path) if path.is_file() else []
+    kept = [old for old in known if any(old.get(name) != entry[name] for name in key)]
+    write_json(path, [*kept, entry])
 
 
 def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:

@@ -96,7 +96,7 @@ def record_of(extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
     data = extra.get("data")
     if isinstance(data, Mapping):
-        return data
+        return data if isinstance(data.get("root"), str) else None
     if not isinstance(data, str):
         return None
     return {"root": data, "split_seed": extra.get("seed", 0), "val_fraction": extra.get("val_fraction", 0.1)}

@@ -110,14 +110,9 @@ def open_splits(
     found = Root.find(root, img_mode, download, kinds)
     train_name = found.choose(train_split)
     val_name = None if val_split is None else found.choose(val_split)
-    origin: dict[str, Any] = {
-        "root": found.request.root,
-        "path": found.path,
-        "train_split": train_name,
-        "val_split": val_name,
-        "val_fraction": val_fraction,
-        "split_seed": split_seed,
-    }
+    origin: dict[str, Any] = {"root": found.request.root, "path": found.path}
+    origin |= {"train_split": train_name, "val_split": val_name}
+    origin |= {"val_fraction": val_fraction, "split_seed": split_seed}
     train = open_labelled(found, train_name, class_map, training=True)
     require_classes(train)
     if val_name is not None:
@@ -171,5 +166,5 @@ def open_source(
 
 
 def unnamed_split(root: Root) -> UserError:
-    """The error for a root that is not a folder and has no split to choose by itself."""
+    """The error for a root that is not a folder and has no split that could be chosen automatically."""
     return UserError(f"name a split of {root.request.root}: {few(root.splits) or 'it does not say which it has'}")

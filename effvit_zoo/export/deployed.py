@@ -1,113 +1,160 @@
-"""Exported files as classifiers: `.onnx` by ONNX Runtime, `.xml` by OpenVINO, `.pte` by ExecuTorch.
+"""Models outside eager torch with the surface of a timm model, so that prediction and validation take them as they are.
 
-What an exported file doesn't hold, preprocessing and labels, is read from the config.json beside it (`save` of `effvit_zoo.hub`
-writes one) or from a model that is named.
+An exported file holds no preprocessing and no labels: they come from the config.json in its folder (written by `effvit_zoo.hub.save`)
+or from a model that is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .. import hub
-from ..errors import UserError, unknown_choice
-from .runtimes import Opened, need, open_onnx, open_openvino
+from ..errors import UserError, one_line, unknown_choice
+from . import TARGETS, target_of
+from .contract import Runner
 
 
-def _open_executorch(path: Path, threads: int) -> Opened:
-    runtime = need("executorch.runtime", "executorch").Runtime.get()
-    method = runtime.load_program(str(path)).load_method("forward")
-    shape: list[int | None] = list(method.metadata.input_tensor_meta(0).sizes())
-    return lambda images: method.execute([images])[0], shape
-
-
-EXPORTED: dict[str, Callable[[Path, int], Opened]] = {
-    ".onnx": open_onnx,
-    ".xml": open_openvino,
-    ".pte": _open_executorch,
-}
-"""Suffix of a file -> what opens it with a number of threads."""
-
-
-class ExportedModel(nn.Module):
-    """An exported file with the surface that validation needs of a timm model.
+class Deployed(nn.Module):
+    """A function of images as an inference-only module: float32 on the CPU, and without parameters, whatever computes it.
 
     Args:
-        path: The file.
-        config: Content of a model folder's config.json.
-        threads: That the runtime may use.
-
-    Raises:
-        UserError: The runtime isn't installed, or the file is damaged or no classifier.
+        run: Computes the outputs.
+        shape: Its input's (B, C, H, W), None where any size will do.
+        pretrained_cfg: Preprocessing, number of classes and labels under timm's keys; num_classes is required.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], threads: int) -> None:
+    def __init__(self, run: Runner, shape: list[int | None], pretrained_cfg: Mapping[str, Any]) -> None:
         super().__init__()
-        try:
-            self.runner, self.shape = EXPORTED[path.suffix](path, threads)
-        except UserError:
-            raise
-        except Exception as error:  # every runtime has its own for damaged files
-            raise UserError(f"cannot open {path}: {' '.join(str(error).split())[:200]}") from error
-        if len(self.shape) != 4:
-            raise UserError(f"{path} takes {len(self.shape)} dimensions, expected images (B, C, H, W)")
-        cfg: dict[str, Any] = dict(config.get("pretrained_cfg", {}))
-        if config.get("label_names"):
-            cfg["label_names"] = config["label_names"]
-        sides = zip(self.shape[1:], cfg.get("input_size", (3, 224, 224)), strict=True)
-        cfg["input_size"] = tuple(own or usual for own, usual in sides)
-        logits = self.forward(torch.zeros(1, *cfg["input_size"]))
-        if logits.ndim != 2:
-            raise UserError(f"{path} gives an output of shape {tuple(logits.shape)}, expected logits (B, classes)")
-        self.num_classes = cfg["num_classes"] = int(logits.shape[1])
-        self.pretrained_cfg = cfg
+        self._run: Runner = partial(run)  # a module that is assigned itself would bring its parameters
+        self.shape = shape
+        self.pretrained_cfg = dict(pretrained_cfg)
+        self.num_classes: int = self.pretrained_cfg["num_classes"]
+        self.eval()
 
+    @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, num_classes), in parts where the file was made for fewer images at once."""
+        """Images (B, C, H, W) -> outputs (B, ...), in parts where `run` takes a fixed number of images."""
         batch = self.shape[0]
+        images = images.detach()
         if batch is None or batch == len(images):
-            return self.runner(images.contiguous())
+            return self._run(images)
         parts = []
         for part in images.split(batch):
             missing = batch - len(part)
             padded = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
-            parts.append(self.runner(padded.contiguous())[: len(part)].clone())
+            parts.append(self._run(padded)[: len(part)])
         return torch.cat(parts)
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """As of timm models: the size of images to come. Raises `UserError` where the file was exported for another size."""
+        size = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+        if any(own not in (None, side) for own, side in zip(self.shape[2:], size, strict=True)):
+            raise UserError(f"it was exported for {self.shape[2]} x {self.shape[3]} pixels, got {size[0]} x {size[1]}")
+        self.pretrained_cfg["input_size"] = (self.pretrained_cfg["input_size"][0], *size)
 
-def load_exported(name: str, like: str | None = None, threads: int = 1) -> ExportedModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Deployed:
+        """`to`, `cuda`, `half` and their like all come here; only those that leave the device and the dtype are possible."""
+        try:
+            probe = fn(torch.zeros(1))
+            stays = probe.device.type == "cpu" and probe.dtype == torch.float32
+        except (RuntimeError, AssertionError, NotImplementedError):  # a device that this host doesn't have
+            stays = False
+        if not stays:
+            raise UserError(f"{type(self).__name__} computes in float32 on the CPU and can't be moved or converted")
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} can't be pickled or copied: make it again where it is needed")
+
+
+def load_exported(name: str, like: str | None = None, threads: int = 1) -> Deployed:
     """An exported file with the preprocessing and labels of the model folder that it lies in.
 
     Args:
         name: The file.
         like: A model (folder, `hf-hub:` or registered name) to take preprocessing and labels from instead.
-        threads: That the runtime may use.
+        threads: Number of threads for the runtime.
 
     Raises:
-        UserError: Not there, an unknown suffix, no runtime for it, or nothing says how images are to be prepared.
+        UserError: No such file, an unknown suffix, no runtime for it, a damaged file, or no preprocessing config.
     """
     path = Path(name)
-    if path.suffix not in EXPORTED:
-        raise unknown_choice("kind of exported file", path.suffix, list(EXPORTED))
+    if target_of(path) is None:
+        raise unknown_choice("kind of exported file", path.suffix, [target.suffix for target in TARGETS.values()])
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    return ExportedModel(path, _config_for(path, like), threads)
+    return open_exported(path, _config_for(path, like), threads)
+
+
+def open_exported(path: Path, config: Mapping[str, Any], threads: int = 1) -> Deployed:
+    """An exported file with the preprocessing and labels of `config`, the content of a model folder's config.json.
+
+    Raises:
+        UserError: The runtime isn't installed, or the file is damaged or doesn't map images to classes.
+    """
+    target = target_of(path)
+    assert target is not None
+    cfg: dict[str, Any] = dict(config.get("pretrained_cfg", {}))
+    if config.get("label_names"):
+        cfg["label_names"] = config["label_names"]
+    try:
+        run, shape = target.open(path, threads)
+        if len(shape) != 4:
+            raise UserError(f"{path} takes {len(shape)} dimensions, expected images (B, C, H, W)")
+        sides = zip(shape[1:], cfg.get("input_size", (3, 224, 224)), strict=True)
+        cfg["input_size"] = tuple(own or usual for own, usual in sides)
+        output = run(torch.zeros(shape[0] or 1, *cfg["input_size"]))
+    except UserError:
+        raise
+    except target.errors() as error:
+        raise UserError(f"cannot open {path}: {one_line(error)}") from error
+    if output.ndim < 2:
+        raise UserError(
+            f"{path} gives an output of shape {tuple(output.shape)}, expected (B, classes) or (B, classes, H, W)"
+        )
+    return Deployed(run, shape, cfg | {"num_classes": int(output.shape[1])})
+
+
+def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> Runner:
+    """A model as a function of float32 images (B, C, H, W) of the sample's size, computed by another runtime.
+
+    Args:
+        target: A name in `TARGETS` that has an exporter.
+        model: In eval mode.
+        sample: Images (B, C, H, W).
+        threads: Number of threads for the runtime.
+
+    Raises:
+        UserError: An unknown target, or one that isn't installed.
+    """
+    exporters = {name: row for name, row in TARGETS.items() if row.export}
+    if target not in exporters:
+        raise unknown_choice("target", target, list(exporters))
+    row = exporters[target]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / f"model{row.suffix}"
+        row.export(model, sample, path)  # type: ignore[misc]  # those without are left out above
+        return row.open(path, threads).run
 
 
 def _config_for(path: Path, like: str | None) -> dict[str, Any]:
+    """The config.json of a model named by `like`, or in the file's folder, one below it or the one above."""
+    from .. import hub  # not at the top: `import effvit_zoo` comes here and needs no Hub client
+
     if like is not None and not hub.brings_weights(like):
         model: Any = hub.load(like, pretrained=False, device="meta")
         return {"pretrained_cfg": dict(model.pretrained_cfg)}
     if like is not None:
         return hub.read_config(like)
-    places: Sequence[Path] = (path.parent, path.with_suffix(""), path.parent.parent)
-    for folder in places:
+    for folder in (path.parent, path.with_suffix(""), path.parent.parent):
         if (folder / hub.CONFIG).is_file():
             return hub.read_config(f"{hub.LOCAL}{folder}")
     raise UserError(
-        f"nothing says how {path} wants its images: put its model's {hub.CONFIG} beside it, or name it by --like MODEL"
+        f"no preprocessing config found for {path}: put its model's {hub.CONFIG} into its folder, or name the model by --like MODEL"
     )

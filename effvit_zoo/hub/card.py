@@ -1,12 +1,14 @@
-"""Model cards: what was recorded of a model, as the Hub reads it (metadata, model-index) and as people do. Nothing else is said.
+"""Model cards: what was recorded of a model, as metadata for the Hub (model-index) and as text. Nothing else is stated.
 
-Everything below the last line of a made card belongs to people: a later push renews what stands above it and leaves that alone.
+Everything below the last line of a generated card belongs to its readers: a later push rewrites what stands above and keeps the rest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,11 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..run_folder import CONFIG, EXTRA_KEY, MODEL_CONFIG, RECORDS, SUMMARY, VALIDATION
 from ..version import __version__
+from .folder import HUB, LOCAL
 
 OWN_WORDS = "<!-- What stands below this line is kept when the model is pushed again. -->"
-SHOWN_CLASSES = 50
-_FIGURES = {"curves.png": "Loss and accuracy over the epochs", "confusion_matrix.png": "Confusion matrix"}
-_METRICS = {"top1": "Top-1 accuracy, %", "top5": "Top-5 accuracy, %"}
 _DATA_SETS = {
     "builtin:fashion-mnist": ("zalando-datasets/fashion_mnist", "Fashion-MNIST"),
     "builtin:fashion-mnist-mini": (
@@ -29,95 +30,125 @@ _DATA_SETS = {
 }
 
 
-class Facts:
-    """All that is known of a published model: its config and, under `training/`, the run's config, summary and measurements."""
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says that depends on the task.
 
-    def __init__(self, folder: Path, license: str | None = None) -> None:
-        records = folder / "training"
-        self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    Attributes:
+        pipeline_tag: The Hub's name of the task, e.g. "image-classification".
+        task_title: The same in words, e.g. "Image classification".
+        metrics: Key of recorded results -> (title, the Hub's metric type), e.g. {"top1": ("Top-1 accuracy, %", "accuracy")}.
+        introduction: Continues "`ARCHITECTURE` ", e.g. "with 3 classes".
+        sections: (heading, Markdown) of further sections.
+        usage: USER/NAME[@REVISION] -> a complete Python script.
+        figures: File name of a figure in the run folder -> its caption.
+        tags: Further tags on the Hub.
+        recipe: Name of the shipped config that fine-tunes such a model; "" for none.
+    """
+
+    pipeline_tag: str
+    task_title: str
+    metrics: Mapping[str, tuple[str, str]]
+    introduction: str
+    sections: tuple[tuple[str, str], ...]
+    usage: Callable[[str], str]
+    figures: Mapping[str, str]
+    tags: tuple[str, ...] = ()
+    recipe: str = ""
+
+
+class _Records:
+    """What the published files say: the model's config and, under `training/`, the run's config, summary and measurements."""
+
+    def __init__(self, files: Mapping[str, Any], license: str | None) -> None:
+        def record(name: str, default: Any) -> Any:
+            read = json.loads if name.endswith(".json") else yaml.safe_load
+            content = read(files.get(f"{RECORDS}/{name}", b"null"))
+            return content if isinstance(content, type(default)) else default
+
+        self.config = json.loads(files[MODEL_CONFIG])
         self.cfg: dict[str, Any] = self.config.get("pretrained_cfg") or {}
-        self.noted: dict[str, Any] = self.config.get("effvit_zoo") or {}
-        self.run = _load(records / "config.yaml", {})
-        self.summary = _load(records / "summary.json", {})
-        self.validation = _rows(_load(records / "validation.json", []))
-        self.benchmark = _rows(_load(records / "benchmark.json", []))
-        self.figures = [name for name in _FIGURES if (records / name).is_file()]
-        self.architecture: str = self.config["architecture"]
+        self.extra: dict[str, Any] = self.config.get(EXTRA_KEY) or {}
+        self.run: dict[str, Any] = record(CONFIG, {})
+        self.summary: dict[str, Any] = record(SUMMARY, {})
+        self.validation = [row for row in record(VALIDATION, []) if isinstance(row, dict)]
+        self.input_size = list(self.cfg.get("input_size") or (3, 224, 224))
+        self.data, self.split = _data_of(self.extra.get("data", self.summary.get("data")))
         self.started_from = self._started_from()
-        self.license = license or self.noted.get("license") or (self.cfg.get("license") if self.started_from else None)
+        self.license = license or (self.cfg.get("license") if self.started_from else None)
 
     def _started_from(self) -> str | None:
-        """The weights that training began with or that were converted, by their name on the Hub where that is known."""
-        if converted := self.noted.get("converted_from"):
+        """The weights that training started from or that were converted, by their name on the Hub where that is known."""
+        if converted := self.extra.get("converted_from"):
             return str(converted)
         model = self.run.get("model") or {}
         name = str(model.get("name", ""))
-        if name.startswith(("hf-hub:", "hf_hub:")):
+        if name.startswith((HUB, "hf_hub:")):
             return name.partition(":")[2].partition("@")[0]
-        if name.startswith("local-dir:") or "/" in name:
-            return Path(name.partition(":")[2] or name).name
+        if name.startswith(LOCAL) or "/" in name:
+            return Path(name.removeprefix(LOCAL)).name
         if not model.get("pretrained"):
             return None
         cfg = timm.models.get_pretrained_cfg(name)
         return (cfg.hf_hub_id or name) if cfg else name
 
-    @property
-    def input_size(self) -> list[int]:
-        """(C, H, W)."""
-        return list(self.cfg.get("input_size") or (3, 224, 224))
-
-    @property
-    def labels(self) -> list[str]:
-        names = self.config.get("label_names") or []
-        return [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
-
-    @property
-    def data(self) -> str | None:
-        return self.noted.get("data") or self.summary.get("data")
-
-    def measured(self) -> list[dict[str, Any]]:
-        """Accuracies, each with data and split: that which training saw last, then those of later validations."""
-        own = {key: self.noted.get(key, self.summary.get(key)) for key in _METRICS}
-        rows = [{"data": self.data, "split": "validation", **own}, *self.validation]
-        return [row for row in rows if isinstance(row.get("data"), str) and _is_number(row.get("top1"))]
+    def measured(self, metrics: Mapping[str, object]) -> list[dict[str, Any]]:
+        """Results, each with data and split: that of training, then those of later validations."""
+        own = {key: self.extra.get(key, self.summary.get(key)) for key in metrics}
+        rows = [{"data": self.data, "split": self.split, **own}, *self.validation]
+        rows = [
+            row | {"split": str(row.get("split") or "validation")} for row in rows if isinstance(row.get("data"), str)
+        ]
+        return [row for row in rows if any(_is_number(row.get(key)) for key in metrics)]
 
 
 def make(
-    folder: Path, repo_id: str, *, revision: str | None = None, license: str | None = None, own_words: str = ""
+    files: Mapping[str, Any],
+    repo_id: str,
+    facts: CardFacts,
+    *,
+    revision: str | None = None,
+    license: str | None = None,
+    own_words: str = "",
 ) -> str:
-    """The card of a model folder for a place on the Hub.
+    """The card of a model for a place on the Hub.
 
     Args:
-        folder: config.json and, where there are any, the records of the run under `training/`.
+        files: What is published, content by name in the repository: config.json and, under `training/`, the records of the run.
         repo_id: USER/NAME.
-        revision: Branch that the usage shall name; None for the main one.
-        license: Of the weights; None for what the folder says.
+        facts: What depends on the task.
+        revision: Branch that the usage names; None for the main one.
+        license: Of the weights; None for what the records say.
         own_words: Text of an earlier card to keep at the end.
     """
-    facts = Facts(folder, license)
+    records = _Records(files, license)
     place = f"{repo_id}@{revision}" if revision else repo_id
     parts = [
         f"# {repo_id.partition('/')[2]}",
-        _introduction(facts),
+        _introduction(records, facts),
         "## Use",
         "With the package `effvit_zoo` installed:",
-        f"```python\n{usage(facts, place)}```",
-        f"Or, for pictures and folders of them: `effzoo predict --model hf-hub:{place} photo.jpg`. To train it further: "
-        f"`python train.py --set model.name=hf-hub:{place} data.root=FOLDER`.",
+        f"```python\n{facts.usage(place)}```",
+        f"Or, for images and folders of them: `effzoo predict --model {HUB}{place} photo.jpg`.",
+        f"To train it further: `effzoo train --config {facts.recipe} --set model.name={HUB}{place} data.root=FOLDER`."
+        if facts.recipe
+        else "",
         "## Results",
-        _results(facts),
-        *_classes(facts),
-        *_training(facts),
-        *_origin(facts),
+        _results(records, facts),
+        *(part for heading, text in facts.sections for part in (f"## {heading}", text)),
+        *_training(records, place),
+        *(f"![{text}]({RECORDS}/{name})" for name, text in facts.figures.items() if f"{RECORDS}/{name}" in files),
+        *_settings(records),
+        *_origin(records),
         OWN_WORDS,
         own_words.strip(),
     ]
     body = "\n\n".join(part for part in parts if part)
-    return str(ModelCard(f"---\n{_metadata(facts, repo_id).to_yaml()}\n---\n\n{body}\n"))
+    return str(ModelCard(f"---\n{_metadata(records, facts, repo_id).to_yaml()}\n---\n\n{body}\n"))
 
 
 def own_words(text: str) -> str:
-    """What people wrote into a card: all below the line of a made card, all of the body of any other."""
+    """What people wrote into a card: all below the last line of a generated card, all of the body of any other."""
     if OWN_WORDS in text:
         return text.partition(OWN_WORDS)[2].strip()
     if text.startswith("---\n"):
@@ -125,56 +156,47 @@ def own_words(text: str) -> str:
     return text.strip()
 
 
-def usage(facts: Facts, place: str) -> str:
-    """A script that classifies `photo.jpg`; `place` is USER/NAME[@REVISION]."""
-    mode = "L" if facts.input_size[0] == 1 else "RGB"
-    names = (
-        "model.pretrained_cfg" + '["label_names"]' if facts.labels else f"range({facts.config.get('num_classes', 0)})"
-    )
-    shown = min(5, int(facts.config.get("num_classes") or 5))
-    return f'''import effvit_zoo  # registers effzoo_*; timm has no plugin discovery, so this line comes first
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model("hf-hub:{place}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-names = {names}
-
-image = Image.open("photo.jpg").convert("{mode}")
-with torch.inference_mode():
-    probabilities = model(transform(image)[None]).softmax(dim=1)[0]
-for probability, index in zip(*map(torch.Tensor.tolist, probabilities.topk({shown}))):
-    print(f"{{100 * probability:.1f}} %  {{names[index]}}")
-'''
+def figures_in(text: str) -> list[str]:
+    """Names in the repository of the figures that a generated card shows."""
+    above, mark, _ = text.partition(OWN_WORDS)
+    return re.findall(rf"\]\(({RECORDS}/[\w-]+\.png)\)", above) if mark else []
 
 
-def _metadata(facts: Facts, repo_id: str) -> ModelCardData:
+def _data_of(record: Any) -> tuple[str | None, str]:
+    """Root and validation split of what config.json or a summary records of the training data: the root alone, or a mapping."""
+    if isinstance(record, Mapping):
+        split = record.get("val_split")
+        return record.get("root"), split if isinstance(split, str) and split != "auto" else "validation"
+    return record, "validation"
+
+
+def _metadata(records: _Records, facts: CardFacts, repo_id: str) -> ModelCardData:
     results = [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=facts.pipeline_tag,
+            task_name=facts.task_title,
             dataset_type=_data_set(row["data"])[0],
             dataset_name=_data_set(row["data"])[1],
-            dataset_split=str(row.get("split") or "validation"),
-            metric_type="accuracy",
+            dataset_split=row["split"],
+            metric_type=kind,
             metric_name=title,
             metric_value=round(row[key], 3),
         )
-        for row in facts.measured()
-        for key, title in _METRICS.items()
+        for row in records.measured(facts.metrics)
+        if _size_of(row, records) == ""
+        for key, (title, kind) in facts.metrics.items()
         if _is_number(row.get(key))
     ]
-    on_hub = facts.started_from if facts.started_from and "/" in facts.started_from else None
-    data_sets = sorted({name for row in facts.measured() if "/" in (name := _data_set(row["data"])[0])})
+    data_sets = {name for row in records.measured(facts.metrics) if "/" in (name := _data_set(row["data"])[0])}
+    base = records.started_from or ""
     return ModelCardData(
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", "effvit_zoo"],
-        license=facts.license,
-        base_model=on_hub,
-        datasets=data_sets or None,
-        metrics=["accuracy"] if results else None,
+        pipeline_tag=facts.pipeline_tag,
+        tags=[facts.pipeline_tag, "timm", *facts.tags, "effvit_zoo"],
+        license=records.license,
+        base_model=base if "/" in base else None,
+        datasets=sorted(data_sets) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=repo_id.partition("/")[2],
         eval_results=results or None,
     )
@@ -190,112 +212,88 @@ def _data_set(root: str) -> tuple[str, str]:
     return "imagefolder", Path(root).name or root
 
 
-def _introduction(facts: Facts) -> str:
-    paper = f" ({facts.cfg['paper_name']})" if facts.cfg.get("paper_name") else ""
-    data = f", trained on {_data_set(facts.data)[1]}" if facts.data else ""
-    count = facts.config.get("num_classes")
-    start = (
-        f", starting from {facts.started_from}" if facts.started_from and not facts.noted.get("converted_from") else ""
-    )
-    converted = f", converted from {facts.noted['converted_from']}" if facts.noted.get("converted_from") else ""
-    return f"`{facts.architecture}`{paper} with {count} classes{data}{start}{converted}."
+def _size_of(row: Mapping[str, Any], records: _Records) -> str:
+    """ ", at 64 x 64" for a result that was measured at another input size than the model's own."""
+    size = row.get("input_size")
+    return f", at {' x '.join(map(str, size[1:]))}" if isinstance(size, list) and size != records.input_size else ""
 
 
-def _results(facts: Facts) -> str:
+def _introduction(records: _Records, facts: CardFacts) -> str:
+    paper = f" ({records.cfg['paper_name']})" if records.cfg.get("paper_name") else ""
+    data = f", trained on {_data_set(records.data)[1]}" if records.data else ""
+    verb = "converted" if records.extra.get("converted_from") else "starting"
+    origin = f", {verb} from {records.started_from}" if records.started_from else ""
+    return f"`{records.config['architecture']}`{paper} {facts.introduction}{data}{origin}."
+
+
+def _results(records: _Records, facts: CardFacts) -> str:
     rows = []
-    for row in facts.measured():
-        where = f"{_data_set(row['data'])[1]}, {row.get('split') or 'validation'}"
-        rows += [
-            (f"{title} ({where})", f"{row[key]:.2f}") for key, title in _METRICS.items() if _is_number(row.get(key))
-        ]
-    summary = facts.summary
-    size = " x ".join(map(str, facts.input_size))
-    rows.append(("Input (channels x height x width)", size))
-    if _is_number(summary.get("params")):
-        rows.append(("Parameters", f"{summary['params'] / 1e6:.2f} M"))
-    if _is_number(summary.get("macs")):
-        rows.append(("Multiply-accumulates per image", f"{summary['macs'] / 1e9:.3f} G"))
-    if _is_number(summary.get("val_images")):
-        rows.append(("Validation images", f"{summary['val_images']:,}"))
-    table = _table(("", ""), rows)
-    if facts.benchmark:
-        keys = list(dict.fromkeys(key for row in facts.benchmark for key in row))
-        cells = [[_cell(row.get(key)) for key in keys] for row in facts.benchmark]
-        table += f"\n\nMeasured speed:\n\n{_table(keys, cells)}"
-    return table
+    for row in records.measured(facts.metrics):
+        images = f", {row['images']:,} images" if _is_number(row.get("images")) else ""
+        where = f"{_data_set(row['data'])[1]}, {row['split']}{images}{_size_of(row, records)}"
+        for key, (title, _) in facts.metrics.items():
+            if _is_number(row.get(key)):
+                rows.append((f"{title} ({where})", f"{row[key]:.2f}"))
+    rows.append(("Input (channels x height x width)", " x ".join(map(str, records.input_size))))
+    for key, title, shown in (
+        ("params", "Parameters", lambda value: f"{value / 1e6:.2f} M"),
+        ("macs", "Multiply-accumulates per image", lambda value: f"{value / 1e9:.3f} G"),
+        ("val_images", "Validation images", lambda value: f"{value:,}"),
+    ):
+        if _is_number(records.summary.get(key)):
+            rows.append((title, shown(records.summary[key])))
+    lines = [("", ""), ("---", "---"), *rows]
+    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
 
 
-def _classes(facts: Facts) -> list[str]:
-    if not facts.labels:
+def _training(records: _Records, place: str) -> list[str]:
+    if not records.run:
         return []
-    more = f" and {len(facts.labels) - SHOWN_CLASSES} more, in config.json" if len(facts.labels) > SHOWN_CLASSES else ""
-    return ["## Classes", ", ".join(map(_escaped, facts.labels[:SHOWN_CLASSES])) + more + "."]
-
-
-def _training(facts: Facts) -> list[str]:
-    if not facts.run:
-        return []
-    summary = facts.summary
+    summary = records.summary
     processes = summary["processes"] if _is_number(summary.get("processes")) else 1
-    launch = f"accelerate launch --num_processes {processes} train.py" if processes > 1 else "python train.py"
-    root = (facts.run.get("data") or {}).get("root", "")
-    own_data = "" if str(root).startswith(("builtin:", "hfds/")) else " --set data.root=FOLDER"
-    told = []
+    launch = f"torchrun --no-python --nproc_per_node {processes} " if processes > 1 else ""
+    root = str((records.run.get("data") or {}).get("root", ""))
+    own_data = "" if root.startswith(("builtin:", "hfds/")) else " --set data.root=FOLDER"
+    name, _, revision = place.partition("@")
+    pull = f"effzoo pull {name}{f' --revision {revision}' if revision else ''}"
+    notes = []
     if _is_number(summary.get("seconds")):
         where = summary.get("processor") if summary.get("device") == "cpu" else summary.get("device")
-        told.append(f"{summary['seconds']:.0f} s on {processes} x {where or 'an unnamed device'}")
+        notes.append(f"{summary['seconds']:.0f} s on {processes} x {where or 'an unnamed device'}")
     if _is_number(summary.get("images_per_second")):
-        told.append(f"{summary['images_per_second']:.0f} training images per second")
+        notes.append(f"{summary['images_per_second']:.0f} training images per second")
     if isinstance(versions := summary.get("versions"), dict):
-        told.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    recipe = yaml.safe_dump(facts.run, sort_keys=False, allow_unicode=True)
+        notes.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     return [
         "## Training",
-        f"```bash\n{launch} --config training/config.yaml{own_data}\n```",
-        "; ".join(told) + "." if told else "",
-        *(f"![{_FIGURES[name]}](training/{name})" for name in facts.figures),
-        f"<details><summary>All settings</summary>\n\n```yaml\n{recipe}```\n\n</details>",
+        f"```bash\n{pull} && cd {name.partition('/')[2]}\n{launch}effzoo train --config {RECORDS}/{CONFIG}{own_data}\n```",
+        "; ".join(notes) + "." if notes else "",
     ]
 
 
-def _origin(facts: Facts) -> list[str]:
-    ids = facts.cfg.get("paper_ids") or []
+def _settings(records: _Records) -> list[str]:
+    settings = yaml.safe_dump(records.run, sort_keys=False, allow_unicode=True)
+    return [f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>"] if records.run else []
+
+
+def _origin(records: _Records) -> list[str]:
+    ids = records.cfg.get("paper_ids") or []
     papers = [
         f"[{text}](https://arxiv.org/abs/{text.partition(':')[2]})" if text.startswith("arXiv:") else text
         for text in ([ids] if isinstance(ids, str) else ids)
     ]
-    lines = [f"Weights: {facts.license}." if facts.license else "No licence of the weights was stated."]
+    lines = [f"Weights: {records.license}." if records.license else "No licence of the weights was stated."]
     if papers:
-        lines.append(f"Architecture: {facts.cfg.get('paper_name') or 'see'}, {', '.join(papers)}.")
-    if facts.cfg.get("origin_url"):
-        lines.append(f"Its first code: {facts.cfg['origin_url']}")
+        lines.append(f"Architecture: {records.cfg.get('paper_name') or 'see'}, {', '.join(papers)}.")
+    if records.cfg.get("origin_url"):
+        lines.append(f"Original code: {records.cfg['origin_url']}")
     return ["## Licence and origin", "\n".join(f"- {line}" for line in lines), f"Made with effvit_zoo {__version__}."]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text for a Markdown table or paragraph, on one line."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _rows(content: Any) -> list[dict[str, Any]]:
-    return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
-
-
-def _load(path: Path, default: Any) -> Any:
-    if not path.is_file():
-        return default
-    text = path.read_text(encoding="utf-8")
-    content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    return content if isinstance(content, type(default)) else default

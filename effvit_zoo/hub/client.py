@@ -1,12 +1,14 @@
-"""The Hub's client as this package uses it: each failure is one line, each file is checked against the hash that names it.
+"""The Hub's client as this package uses it: each failure is one line, each downloaded file is verified once.
 
-`huggingface_hub` compares the size of what it downloads over HTTP, not the content. Its cache keeps a file under the name of the
-hash that the Hub announced (SHA-256, or git's SHA-1 for small files), so a wrong content is found at any time, offline too.
+`huggingface_hub` compares the size of what it downloads over HTTP, not the content. Its cache names a file by the hash that the Hub
+announced (SHA-256, or git's SHA-1 for small files), so the content can be verified at any time, offline too. A file that was verified
+is remembered by its size and modification time, and not hashed again when it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,7 +38,7 @@ from huggingface_hub.utils import (
 )
 from huggingface_hub.utils import logging as hub_logging
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..version import __version__
 
 
@@ -47,7 +49,7 @@ class MissingFile(UserError):
 LIBRARY = "effvit_zoo"
 ATTEMPTS = 3
 FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, OfflineModeIsEnabled)
-"""What the client raises when the Hub, the network or the disk doesn't do what is asked. Its bad requests are ValueErrors too."""
+"""What the client raises when a request to the Hub, the network or the disk fails. Bad requests are ValueErrors too."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{16,}")
 _HELP = "`hf auth login` or the environment variable HF_TOKEN sets one"
@@ -67,19 +69,19 @@ _STATUS = {
     409: "somebody else changed it at the same moment: try again",
     412: "somebody else changed it at the same moment: try again",
     413: "it is too large for the Hub",
-    429: "the Hub takes no more requests for now: try again later",
+    429: "the Hub's rate limit is reached: try again later",
 }
 
 
 def make_api() -> HfApi:
-    """The client's API object; it finds the user's token by itself and never gives it to us."""
+    """The client's API object; it reads the user's token itself."""
     return HfApi(library_name=LIBRARY, library_version=__version__)
 
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turns whatever the client raises within into a `UserError` that begins with `what`, and keeps the client quiet:
-    its own warnings (retries, rate limits) would come on top of the one line."""
+    """Turns whatever the client raises inside into a `UserError` that begins with `what`, and silences the client's own warnings
+    (retries, rate limits)."""
     try:
         with quiet():
             yield
@@ -94,7 +96,7 @@ def translated(what: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the client's warnings off stderr, and its progress bars where nobody watches them."""
+    """Silences the client's warnings, and its progress bars where stderr is not a terminal."""
     level = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     bars = (
@@ -122,29 +124,23 @@ def explain(error: BaseException) -> str:
             return text
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        known = f"the Hub is out of order: try again later (HTTP {status})" if status >= 500 else _STATUS.get(status)
-        said = error.server_message if known else error.server_message or first_line(error)
-        said = f" (it says: {first_line(said)})" if said else ""
-        return scrub(f"{known or f'the Hub refuses with HTTP {status}'}{said}")
+        known = f"the Hub is unavailable: try again later (HTTP {status})" if status >= 500 else _STATUS.get(status)
+        message = error.server_message or ("" if known else str(error))
+        message = f" (message: {one_line(message)})" if message else ""
+        return scrub(f"{known or f'the Hub refuses with HTTP {status}'}{message}")
     if isinstance(error, HTTPError):
-        return scrub(f"the connection to the Hub broke ({first_line(error)})")
-    return scrub(first_line(error))
-
-
-def first_line(error: object) -> str:
-    """The first line of a message, cut at 300 characters; the type's name where there is no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+        return scrub(f"the connection to the Hub broke ({one_line(error)})")
+    return scrub(one_line(error, limit=300))
 
 
 def scrub(text: str) -> str:
-    """The text with whatever is or looks like a token of the Hub blanked out."""
+    """The text with everything that is or looks like a token of the Hub masked."""
     token = get_token()
     return _TOKEN.sub("hf_***", text.replace(token, "hf_***") if token else text)
 
 
 def holds_token(text: str) -> bool:
-    """Whether a text holds the user's token, or anything of the form of one."""
+    """Whether a text contains the user's token or anything that looks like one."""
     return scrub(text) != text
 
 
@@ -160,8 +156,8 @@ def require_name(repo: str) -> str:
 
 
 def require_reachable(repo: str) -> None:
-    """Raises `UserError` at once where a repository is not in the cache and the Hub doesn't answer: its client would go
-    on trying for most of a minute."""
+    """Raises `UserError` at once where a repository is not in the cache and the Hub doesn't answer. The client would retry for most
+    of a minute."""
     if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")).exists():
         return
     if constants.HF_HUB_OFFLINE:
@@ -170,29 +166,30 @@ def require_reachable(repo: str) -> None:
 
 
 def require_answer(purpose: str) -> None:
-    """Raises `UserError` where the Hub doesn't answer at all."""
+    """Raises `UserError` if the Hub doesn't answer at all."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{purpose} needs the Hub, and HF_HUB_OFFLINE is set")
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except (OSError, HTTPError) as error:
-        raise UserError(f"cannot reach {constants.ENDPOINT} for {purpose}: {first_line(error)}") from None
+        raise UserError(f"cannot reach {constants.ENDPOINT} for {purpose}: {one_line(error)}") from None
 
 
-def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """The cached path of the first of some files that a repository has, downloaded if need be, its content checked.
+def fetch(repo: str, names: Sequence[str], revision: str | None = None, *, verify: bool = False) -> Path:
+    """The cached path of the first of some files that a repository has, downloaded if needed, with verified content.
 
     Args:
         repo: USER/NAME.
         names: File names in order of preference.
         revision: Branch, tag or commit; None for the main branch.
+        verify: Hash the file even if it was verified before.
 
     Returns:
         The path; its parent's name is the commit that the file belongs to.
 
     Raises:
         MissingFile: The repository has none of them.
-        UserError: The Hub can't be reached, or the content is not what the Hub announced, twice.
+        UserError: The Hub can't be reached, or the content differs from what the Hub announced, twice.
     """
     require_reachable(repo)
     with translated(f"cannot get {names[0]} of {repo}{f'@{revision}' if revision else ''}"):
@@ -205,13 +202,13 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
             except EntryNotFoundError:
                 continue
             else:
-                return _checked(path, repo, name)
+                return _verified(path, repo, name, verify)
     raise MissingFile(f"{repo} has no {' or '.join(names)}")
 
 
 def _download(repo: str, name: str, revision: str | None) -> Path:
-    """The client itself tries again, or takes what is in the cache, where no answer comes at all; it gives up on connections
-    that are reset after they were made."""
+    """Retries after connections that were reset, which the client gives up on, then falls back to the cache. Where no answer comes
+    at all, the client does both itself."""
     download = partial(
         hf_hub_download, repo, name, revision=revision, library_name=LIBRARY, library_version=__version__
     )
@@ -228,9 +225,9 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _checked(path: Path, repo: str, name: str) -> Path:
+def _verified(path: Path, repo: str, name: str, verify: bool) -> Path:
     """The path if its content has the hash that names it, after a second download if it hasn't."""
-    if is_intact(path):
+    if (not verify and _is_remembered(path)) or is_intact(path):
         return path
     commit = path.parts[-len(Path(name).parts) - 1]
     _forget(path)
@@ -242,23 +239,49 @@ def _checked(path: Path, repo: str, name: str) -> Path:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a cached file's content has the hash that it is filed under; True where the cache keeps no hashes (no symlinks)."""
+    """Whether a cached file's content has the hash that it is filed under; True where the cache keeps no hashes (no symlinks).
+    A file that passes is remembered."""
     blob = path.resolve()
     if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return True
-    return content_hash(blob, git=len(blob.name) == 40) == blob.name
+    if content_hash(blob, git=len(blob.name) == 40) != blob.name:
+        return False
+    with suppress(OSError):  # a home that can't be written to: the file is hashed again next time
+        marker = _marker(blob)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(_stamp(blob), encoding="ascii")
+    return True
 
 
-def content_hash(path: Path, *, git: bool = False) -> str:
-    """SHA-256 of a file in hexadecimal; with `git`, the SHA-1 that git gives it as a blob."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode()) if git else hashlib.sha256()
-    with path.open("rb") as file:
+def _is_remembered(path: Path) -> bool:
+    """Whether a cached file was verified before and hasn't been written to since."""
+    blob = path.resolve()
+    try:
+        return _marker(blob).read_text(encoding="ascii") == _stamp(blob)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _marker(blob: Path) -> Path:
+    return Path(constants.HF_ASSETS_CACHE) / LIBRARY / "verified" / blob.name
+
+
+def _stamp(blob: Path) -> str:
+    stat = blob.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def content_hash(content: Path | bytes, *, git: bool = False) -> str:
+    """SHA-256 of a file or of bytes, in hexadecimal; with `git`, the SHA-1 that git gives it as a blob."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    digest = hashlib.sha1(f"blob {size}\0".encode()) if git else hashlib.sha256()
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def _forget(path: Path) -> None:
-    """Takes a file out of the cache."""
+    """Removes a file from the cache."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""`effzoo convert`: a checkpoint of a paper's official repository, of timm or of a training run becomes a model folder.
+"""Converts a checkpoint of a paper's official repository, of timm or of a training run to a model folder.
 
-The file is read as weights only: of a pickle nothing is called or imported but tensors and `argparse.Namespace`, which official
-checkpoints keep their settings in. The model's family renames the parameters, then every name and shape has to be right.
+The file is read as weights only: a pickle may hold nothing but tensors and `argparse.Namespace`, in which official checkpoints keep
+their settings. The model's family renames the parameters, then every name and shape must match.
 """
 
 from __future__ import annotations
@@ -21,25 +21,9 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, model_entrypoint
 from torch import nn
 
-from ..errors import UserError, unknown_choice
+from ..errors import UserError, one_line, unknown_choice
 from ..models._base import unwrap_state_dict
-from . import folder as hub
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `effzoo convert`."""
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"the checkpoint: {', '.join(_READERS)}")
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="the model whose weights they are, e.g. effzoo_*"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder to write")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Body of `effzoo convert`."""
-    folder = convert(args.file, args.model, args.output)
-    classes = hub.read_config(folder)["num_classes"]
-    print(f"{folder}: {args.model} with {classes} classes, to be used as local-dir:{folder}")
+from .folder import HUB, LOCAL, listed, resolve_name, save
 
 
 def convert(file: str | Path, name: str, folder: str | Path) -> Path:
@@ -48,7 +32,7 @@ def convert(file: str | Path, name: str, folder: str | Path) -> Path:
     Args:
         file: A checkpoint; tensors at its top or under "model", "state_dict" or a key of averaged weights, which have precedence.
         name: A registered model, with or without a weights tag; the tag says which preprocessing goes with the weights.
-        folder: Where to; an existing model folder is replaced, as by `hub.save`.
+        folder: Where to; an existing model folder is replaced, as by `save`.
 
     Returns:
         The folder's absolute path.
@@ -59,8 +43,8 @@ def convert(file: str | Path, name: str, folder: str | Path) -> Path:
         OSError: A disk fails.
     """
     file, folder = Path(file), Path(folder)
-    resolved = hub.resolve_name(name)
-    if resolved.startswith((hub.LOCAL, hub.HUB)):
+    resolved = resolve_name(name)
+    if resolved.startswith((LOCAL, HUB)):
         raise UserError(f"expected the name of a model, got {name}: the weights are those of the file")
     if file.resolve().parent == folder.resolve():
         raise UserError(f"the checkpoint {file} lies in the output folder itself, which would replace it")
@@ -73,7 +57,7 @@ def convert(file: str | Path, name: str, folder: str | Path) -> Path:
         model = timm.create_model(resolved, device="meta", num_classes=num_classes)
     _fill(model, weights, complaint)
     try:
-        return hub.save(model, folder, extra={"converted_from": file.name})
+        return save(model, folder, extra={"converted_from": file.name})
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -86,32 +70,30 @@ def _read_pickle(file: Path) -> Any:
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": load_file,
-    ".pth": _read_pickle,
-    ".pt": _read_pickle,
-    ".bin": _read_pickle,
-    ".tar": _read_pickle,  # timm writes .pth.tar
+    **dict.fromkeys((".pth", ".pt", ".bin", ".tar"), _read_pickle),  # timm writes .pth.tar
 }
+SUFFIXES = tuple(_READERS)
 
 
 def _read(file: Path) -> Any:
-    """What a checkpoint file holds. Damaged files fail inside the parsers in any way at all, hence the wide net."""
+    """What a checkpoint file holds. Raises `UserError`."""
     if not file.is_file():
         raise UserError(f"checkpoint {file} is {'not a file' if file.exists() else 'not there'}")
     if file.suffix.lower() not in _READERS:
-        raise unknown_choice("kind of checkpoint", file.suffix or file.name, list(_READERS))
+        raise unknown_choice("kind of checkpoint", file.suffix or file.name, SUFFIXES)
     if file.stat().st_size == 0:
         raise UserError(f"checkpoint {file} is empty")
     try:
         return _READERS[file.suffix.lower()](file)
     except PermissionError:
         raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if wanted := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
-            asked = f"it asks for {wanted.group(1)}; nothing was run"
-            raise UserError(f"checkpoint {file} holds more than weights: {asked}") from error
-        told = text.partition("WeightsUnpickler error: ")[2] or text  # after advice to load it unsafely
-        reason = re.split(r"\. | Check the documentation", told)[0][:150] or type(error).__name__
+    except Exception as error:  # only parsers of torch and safetensors run here; damaged files make them raise anything, TypeErrors too
+        text = one_line(error, limit=10_000)
+        if requested := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
+            reason = f"it asks for {requested.group(1)}; nothing was run"
+            raise UserError(f"checkpoint {file} holds more than weights: {reason}") from error
+        text = text.partition("WeightsUnpickler error: ")[2] or text  # after advice to load it unsafely
+        reason = re.split(r"\. | Check the documentation", text)[0][:150]
         raise UserError(f"checkpoint {file} is damaged, incomplete or no checkpoint ({reason})") from error
 
 
@@ -144,7 +126,7 @@ def _renamed(weights: dict[str, torch.Tensor], model: Any, complaint: str) -> di
     try:
         renamed = filter_fn(dict(weights), model)
     except (RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        raise UserError(f"{complaint}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{complaint}: {one_line(error)}") from error
     sizes = Counter(tensor.numel() for tensor in weights.values())
     for key, tensor in renamed.items():
         if not sizes[tensor.numel()]:
@@ -177,13 +159,8 @@ def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], complaint: str)
         if key in weights and tensor.is_floating_point() and not weights[key].is_floating_point()
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "of another type": mistyped}
-    parts = [
-        f"{kind} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for kind, keys in found.items()
-        if keys
-    ]
-    if parts:
-        raise UserError(f"{complaint}: {'; '.join(parts)}")
+    if differences := listed(found):
+        raise UserError(f"{complaint}: {differences}")
     own = {  # a copy each: tensors of a pickle may be views of one storage
         key: weights[key].to(tensor.dtype, copy=True) if key in weights else torch.zeros_like(tensor, device="cpu")
         for key, tensor in expected.items()

@@ -1,22 +1,20 @@
-"""Models as folders: save, load, push to the Hub and pull from it, and what travels with the weights.
+"""Model folders: saving a model, and loading one from a folder, from the Hub or by its name.
 
-A model folder is timm's own local-dir format: `config.json` (architecture and its arguments, preprocessing, class labels)
-beside `model.safetensors`. What `save` writes, `timm.create_model("local-dir:FOLDER", pretrained=True)` reads with nothing
-but `import effvit_zoo` before it. The key "effvit_zoo" of config.json holds what timm has no place for, e.g. the accuracy
-that was reached; timm's loader passes over it. Nothing that comes with a folder or over the wire is run: config.json is checked key by
-key, weights are safetensors, or pickles read as weights only.
+A model folder is timm's local-dir format: `config.json` (architecture, its arguments, preprocessing, labels) next to
+`model.safetensors`. What `save` writes, `timm.create_model("local-dir:FOLDER", pretrained=True)` reads after `import effvit_zoo`.
+The key "effvit_zoo" of config.json holds what timm has no place for, e.g. measured metrics; timm ignores it. Nothing that comes with a
+folder or from the Hub is executed: weights are safetensors, or pickles read with weights_only, and a config may not redirect the loader.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,20 +24,18 @@ import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, is_model, split_model_name_tag
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
 
-from ..errors import UserError, unknown_choice
-from . import publish
-from .client import FAILURES, explain, fetch, first_line, quiet, require_name
-from .publish import CONFIG, WEIGHTS
-from .publish import require_pushable as require_pushable
+from ..errors import UserError, one_line, unknown_choice
+from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
+from .client import FAILURES, explain, fetch, quiet, require_name
+from .labels import label_names as labels_of
 
-EXTRA_KEY = "effvit_zoo"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # in the order in which timm looks for them
 
-# What building a model from somebody's config and filling it from somebody's weights can raise.
+# What building a model from a foreign config and filling it from foreign weights can raise.
 _BUILD_ERRORS = (
     RuntimeError,
     TypeError,
@@ -52,49 +48,19 @@ _BUILD_ERRORS = (
     pickle.UnpicklingError,
 )
 
-_Kind = tuple[type | tuple[type, ...], str]
-_ANYTHING: _Kind = (object, "anything")
-_NAME: _Kind = (str, "a name")
-_COUNT: _Kind = (int, "a whole number")
-_NUMBER: _Kind = ((int, float), "a number")
-_MAPPING: _Kind = (dict, "a mapping")
-_LABELS: _Kind = ((list, dict), "a list or mapping")
-_NAMES: _Kind = ((str, list), "a name or a list of names")
-
-_CONFIG_TYPES: dict[str, _Kind] = {
-    "architecture": _NAME,
-    "num_classes": _COUNT,
-    "num_features": _COUNT,
-    "global_pool": _NAME,
-    "model_args": _MAPPING,
-    "pretrained_cfg": _MAPPING,
-    "label_names": _LABELS,
-    "labels": _LABELS,
-    "label_descriptions": _MAPPING,
-    EXTRA_KEY: _MAPPING,
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "architecture": (str, "a name"),
+    "num_classes": (int, "a whole number"),
+    "label_names": ((list, dict), "a list or mapping"),
+    **dict.fromkeys(("model_args", "pretrained_cfg", "label_descriptions", EXTRA_KEY), (dict, "a mapping")),
+    **dict.fromkeys(("input_size", "mean", "std"), (list, "positive numbers")),
+    **dict.fromkeys(("interpolation", "crop_mode"), (str, "a name")),
+    "crop_pct": ((int, float), "a number"),
+    "classifier": ((str, list), "a name or a list of names"),
 }
-_WRITTEN_BY_OTHERS = dict.fromkeys(
-    (
-        *("architectures", "do_pooling", "dtype", "torch_dtype", "initializer_range", "model_type", "num_labels"),
-        *("id2label", "label2id", "problem_type", "transformers_version", "_name_or_path"),
-    ),
-    _ANYTHING,
-)
-"""What transformers' `TimmWrapper` adds when it saves; nothing here reads it."""
+"""Types of what this package and timm's transforms read from config.json, on its top level or in pretrained_cfg."""
 
-_CFG_TYPES: dict[str, _Kind] = {
-    **dict.fromkeys(("tag", "interpolation", "crop_mode", "architecture", "license", "description"), _NAME),
-    **dict.fromkeys(("origin_url", "paper_name", "url", "file", "hf_hub_id", "source", "notes"), _NAMES),
-    **dict.fromkeys(("paper_ids", "first_conv", "classifier"), _NAMES),
-    **dict.fromkeys(("num_classes", "label_offset"), _COUNT),
-    **dict.fromkeys(("crop_pct", "test_crop_pct"), _NUMBER),
-    "fixed_input_size": (bool, "true or false"),
-    "pool_size": (list, "two numbers"),
-    "label_names": _LABELS,
-    "label_descriptions": _MAPPING,
-}
-_OLDER_FORM = ("num_features", "global_pool", "model_args", EXTRA_KEY)
-_NOT_FROM_CONFIGS = ("checkpoint_path", "cache_dir")
+_log = logging.getLogger(__name__)
 
 
 def save(
@@ -105,13 +71,13 @@ def save(
     data_config: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a model folder, or replaces one: at any moment the old or the new one is there, complete.
+    """Writes a model folder, or replaces one. An interruption leaves the old or the new one, complete, for `load` to find.
 
     Args:
         model: A model made by `timm.create_model`, in its training form, on any device and in any memory format.
-        folder: Where to. An existing model folder is replaced; files beside its weights and config are kept.
-        label_names: Class names in the order of the logits. None: those that the model came with, if it still has them.
-        data_config: Preprocessing that goes with the weights (input_size (C, H, W), mean, std, crop_pct, interpolation);
+        folder: Where to. An existing model folder is replaced; other files in it are kept.
+        label_names: Class names in the order of the logits. None: those of the model, if it has any that fit.
+        data_config: Preprocessing that belongs to the weights (input_size (C, H, W), mean, std, crop_pct, interpolation);
             what is left out stays as in the model's own config.
         extra: JSON values to keep under the key "effvit_zoo".
 
@@ -119,46 +85,43 @@ def save(
         The folder's absolute path.
 
     Raises:
-        ValueError: The model can't be built anew from its config (a deployment form, say), labels and classes differ in
-            number, `extra` is not JSON, or the folder holds something else than a model.
+        ValueError: The model can't be rebuilt from its config (e.g. a fused model), labels and classes differ in number,
+            `extra` is not JSON, or the folder holds something other than a model.
         OSError: The disk is full or not writable; the previous folder is untouched.
     """
     folder = Path(folder).resolve()
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(f"expected a model made by timm.create_model, got {type(model).__name__}")
-    if folder.exists() and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
+    if not folder.exists() and _previous(folder).is_dir():
+        _previous(folder).rename(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / MODEL_CONFIG).is_file() or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists and is not a model folder: it would be overwritten")
     config = _model_config(model, label_names, extra)
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     try:
-        save_config_for_hf(model, str(writing / CONFIG), model_config=config, data_config=dict(data_config or {}))
-        _tell_classes_once(writing / CONFIG)
+        save_config_for_hf(model, str(writing / MODEL_CONFIG), model_config=config, data_config=dict(data_config or {}))
+        _drop_num_classes_from_model_args(writing / MODEL_CONFIG)
         _refuse_altered(model, writing)
-        # safetensors takes row-major tensors only; of a channels_last model none of the convolutions is
-        tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-        try:
-            save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(errno.EIO, f"cannot write {folder / WEIGHTS}: {error}") from error
-        _keep_other_files(folder, writing)
+        _write_weights(model, writing, folder)
+        _copy_other_files(folder, writing)
         for path in writing.iterdir():
             _sync(path)
-        _swap(writing, folder)
+        _replace(folder, writing)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return folder
 
 
 def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
-    """Builds a model from a name, a folder or the Hub, or says in one line why it can't.
+    """Builds a model from a name, a folder or the Hub. Each failure is one line.
 
     Args:
         name: `effzoo_*` or any other timm model (with or without `.tag`), `local-dir:FOLDER`, the plain path of a model
-            folder or of a run folder (its `best/` is meant), or `hf-hub:USER/NAME[@REVISION]`.
+            folder or of a run folder (stands for its `best/`), or `hf-hub:USER/NAME[@REVISION]`.
         pretrained: Whether to load weights. None: yes for folders and the Hub, no for plain names.
-        kwargs: Passed on to `timm.create_model`, e.g. `num_classes`, `in_chans`, `img_size`, `device`.
+        kwargs: Passed to `timm.create_model`, e.g. `num_classes`, `in_chans`, `img_size`, `device`.
 
     Raises:
         UserError: Unknown model, arguments it doesn't take, no weights, weights that are damaged or don't fit, a malformed
@@ -166,108 +129,33 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
     """
     resolved = resolve_name(name)
     if pretrained is None:
-        pretrained = brings_weights(resolved)
+        pretrained = resolved.startswith((LOCAL, HUB))
     if not resolved.startswith((LOCAL, HUB)):
         return _create(resolved, pretrained, kwargs)
     path, shown = _config_path(resolved)
-    config = _checked_config(path, shown)
+    config = checked_config(path, shown)
     if resolved.startswith(HUB):
-        # By commit, so that weights and config belong together whatever is pushed meanwhile.
-        repo, commit = _hub_place(resolved)[0], path.parent.name
+        # By commit, so that weights and config belong together even if somebody pushes meanwhile.
+        repo, commit = hub_place(resolved)[0], path.parent.name
         resolved = f"{HUB}{repo}@{commit}"
         if pretrained:
             fetch(repo, WEIGHTS_FILES, commit)
+    unknown = sorted((config.get("pretrained_cfg") or {}).keys() - {field.name for field in fields(PretrainedCfg)})
+    if unknown:
+        _log.warning("%s: timm %s ignores %s of pretrained_cfg", shown, timm.__version__, ", ".join(unknown))
+        resolved = f"{LOCAL}{path.parent}"
     num_classes = kwargs.get("num_classes")
     if pretrained and num_classes is not None and num_classes != config.get("num_classes"):
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
-        _create(resolved, pretrained, {key: value for key, value in kwargs.items() if key != "num_classes"}, name)
-    return _create(resolved, pretrained, kwargs, name)
-
-
-def push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    license: str | None = None,
-    message: str | None = None,
-) -> str:
-    """Publishes a model folder on the Hub with a card, as one commit. The folder isn't changed.
-
-    Args:
-        folder: A model folder, or a run folder, of which `best/` is meant. What the run recorded goes along under `training/`.
-        repo_id: USER/NAME; created where it doesn't exist.
-        private: Whether the repository shall be private; an existing one must be so already. None: as it is, or the account's default.
-        revision: Branch to push to, created where it doesn't exist; None for the main one.
-        license: Of the weights, an identifier of the Hub such as "apache-2.0". None: what the card can know, else none is stated.
-        message: Of the commit.
-
-    Returns:
-        The commit's address.
-
-    Raises:
-        UserError: The folder isn't a loadable model in its training form, holds a token, or the Hub refuses; the message says
-            what is on the Hub afterwards.
-    """
-    folder = _model_folder(Path(str(folder).removeprefix(LOCAL)))
-    require_name(repo_id)
-    with publish.prepared(folder, license) as copy:
-        _checked_config(copy / CONFIG, folder / CONFIG)
-        try:
-            load(copy)
-        except UserError as error:
-            reason = str(error).replace(str(copy), str(folder))
-            raise UserError(f"{reason}; only a whole model in its training form is pushed, not a fused one") from error
-        return publish.publish(copy, repo_id, private=private, revision=revision, license=license, message=message)
-
-
-def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
-    """Copies a model from the Hub into a new folder, after everything in it was checked; needs no network for what is cached.
-
-    Args:
-        repo_id: USER/NAME, also as `hf-hub:USER/NAME[@REVISION]`.
-        folder: Where to; must not exist, or be empty. None: NAME, in the current folder.
-        revision: Branch, tag or commit; None for the main branch.
-
-    Returns:
-        The folder's absolute path: a model folder with the card and the records of its training, where there are any.
-
-    Raises:
-        UserError: The folder exists, there is no such model, it is damaged, malformed or not in the safetensors format,
-            or the Hub fails. There is no folder then.
-        OSError: A disk fails.
-    """
-    repo, given = _hub_place(repo_id)
-    require_name(repo)
-    revision = revision or given
-    folder = Path(folder if folder is not None else repo.partition("/")[2]).expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: name another output")
-    commit = fetch(repo, [CONFIG], revision).parent.name
-    found = publish.download(repo, commit)
-    writing = folder.with_name(f".{folder.name}.pulling")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    try:
-        for name, path in found.items():
-            (writing / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, writing / name)
-        _checked_config(writing / CONFIG, f"{HUB}{repo}/{CONFIG}")
-        try:
-            load(writing)
-        except UserError as error:
-            raise UserError(str(error).replace(str(writing), f"{HUB}{repo}")) from error
-        if folder.exists():
-            folder.rmdir()
-        writing.rename(folder)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-    return folder
+        rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
+        _create(resolved, pretrained, rest, name, bool(unknown))
+    model = _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model.effvit_zoo_record = config.get(EXTRA_KEY) or {}  # type: ignore[assignment]
+    return model
 
 
 def resolve_name(name: str | Path) -> str:
-    """What timm calls it: a registry name, `local-dir:` and an absolute path, or `hf-hub:` and an id.
+    """The model's name for timm: a registry name, `local-dir:` and an absolute path, or `hf-hub:` and an id.
 
     Raises:
         UserError: No such model or weights tag, or no model folder there.
@@ -276,7 +164,7 @@ def resolve_name(name: str | Path) -> str:
     if name.startswith((HUB, "hf_hub:")):
         return HUB + name.partition(":")[2]
     if name.startswith(LOCAL):
-        return LOCAL + str(_model_folder(Path(name.removeprefix(LOCAL))))
+        return LOCAL + str(model_folder(name))
     architecture, tag = split_model_name_tag(name)
     if is_model(architecture):
         tags = [cfg.tag or "" for cfg in timm.models.get_arch_pretrained_cfgs(architecture).values()]
@@ -284,7 +172,7 @@ def resolve_name(name: str | Path) -> str:
             raise unknown_choice(f"weights tag of {architecture}", tag, [known for known in tags if known])
         return name
     if Path(name).expanduser().exists() or name.startswith((".", "~", "/")):
-        return LOCAL + str(_model_folder(Path(name)))
+        return LOCAL + str(model_folder(name))
     if source := re.match(r"[A-Za-z][\w.+-]+:", name):
         raise unknown_choice("model source", source.group(), [LOCAL, HUB])
     if "/" in name or os.sep in name:
@@ -293,7 +181,7 @@ def resolve_name(name: str | Path) -> str:
 
 
 def brings_weights(name: str | Path) -> bool:
-    """Whether weights belong to the name itself: so with folders and the Hub, not with a registry name."""
+    """Whether a name stands for weights too: true for folders and the Hub, false for registry names."""
     return resolve_name(name).startswith((LOCAL, HUB))
 
 
@@ -301,23 +189,12 @@ def read_config(name: str | Path) -> dict[str, Any]:
     """The checked config.json of a model folder or a model on the Hub.
 
     Raises:
-        UserError: Not there, not JSON, of an unknown architecture, or with values of the wrong kind.
+        UserError: Not there, not JSON, of an unknown architecture, or with values of the wrong type.
     """
-    return _checked_config(*_config_path(resolve_name(name)))
+    return checked_config(*_config_path(resolve_name(name)))
 
 
-def _config_path(resolved: str) -> tuple[Path, str]:
-    """Where the config.json of a folder or a model on the Hub lies on this machine, and what to call it in messages."""
-    if resolved.startswith(LOCAL):
-        path = Path(resolved.removeprefix(LOCAL)) / CONFIG
-        return path, str(path)
-    if not resolved.startswith(HUB):
-        raise UserError(f"expected a model folder or {HUB}USER/NAME, got the model name {resolved}")
-    repo, revision = _hub_place(resolved)
-    return fetch(repo, [CONFIG], revision), f"{resolved}/{CONFIG}"
-
-
-def _hub_place(name: str) -> tuple[str, str | None]:
+def hub_place(name: str) -> tuple[str, str | None]:
     """Repository and revision of `[hf-hub:]USER/NAME[@REVISION]`. Raises `UserError`."""
     repo, at, revision = name.removeprefix(HUB).partition("@")
     try:
@@ -329,55 +206,64 @@ def _hub_place(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def _checked_config(path: Path, where: object) -> dict[str, Any]:
-    """The content of a config.json after every check that needs no weights. Raises `UserError`."""
+def model_folder(name: str | Path) -> Path:
+    """The absolute path of the model folder that a path stands for: itself, or the `best/` of a run folder. Raises `UserError`."""
+    path = Path(str(name).removeprefix(LOCAL)).expanduser()
+    for folder in (path, path / BEST, _previous(path), _previous(path / BEST)):
+        if (folder / MODEL_CONFIG).is_file():
+            return folder.resolve()
+    if not path.is_dir():
+        raise UserError(f"model folder {path} is{' a file, not a folder' if path.exists() else ' not there'}")
+    raise UserError(f"{path} is not a model folder: it has no {MODEL_CONFIG}")
+
+
+def checked_config(path: Path, shown: object) -> dict[str, Any]:
+    """The content of a config.json, checked for what needs no weights. `shown` names it in messages. Raises `UserError`."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from None
+        config = read_json(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), str(shown))) from None
     if not isinstance(config, dict):
-        raise UserError(f"{where}: expected a mapping, got {type(config).__name__}")
-    if "pretrained_cfg" in config:
-        _check_keys(config, _CONFIG_TYPES | _WRITTEN_BY_OTHERS, "key", where)
-    if "architecture" not in config:
-        raise UserError(f"{where} names no architecture: it is not a timm model's config")
-    if not isinstance(config["architecture"], str):
-        raise UserError(f"{where}: architecture is {_short(config['architecture'])}, expected a name")
+        raise UserError(f"{shown}: expected a mapping, got {type(config).__name__}")
+    _check_types(config, shown)
+    if config.get("architecture") is None:
+        raise UserError(f"{shown} names no architecture: it is not a timm model's config")
     if not is_model(config["architecture"]):
         unknown = unknown_choice("architecture", config["architecture"], _known_models(config["architecture"]))
         hint = "" if "did you mean" in str(unknown) else "; a package that defines it has to be imported first"
-        raise UserError(f"{where}: {unknown}{hint}")
-    names = config.get("label_names")
-    if isinstance(names, dict) and not all(key.isdecimal() for key in names):
-        raise UserError(f"{where}: label_names is {_short(names)}, expected numbers of classes as its keys")
-    if config.get("pretrained_cfg") is not None:
-        cfg = config["pretrained_cfg"]
-    else:  # timm's older form, in which all is one mapping
-        cfg = {key: value for key, value in config.items() if key not in _OLDER_FORM}
-    _check_pretrained_cfg(cfg, where)
+        raise UserError(f"{shown}: {unknown}{hint}")
+    cfg = config.get("pretrained_cfg") or config  # in timm's older form all is one mapping
+    _check_types(cfg, shown)
+    for key in ("state_dict", "hf_hub_filename"):  # custom_load has an effect only together with the latter
+        if cfg.get(key):
+            raise UserError(f"{shown}: {key} is {_short(cfg[key])}: weights are read from {WEIGHTS} only")
     args = config.get("model_args") or {}
     for key in args:
-        if key.startswith("pretrained") or key in _NOT_FROM_CONFIGS:
-            raise UserError(f"{where}: model_args may not hold {key!r}, it decides over what is loaded")
+        if key.startswith("pretrained") or key in ("checkpoint_path", "cache_dir"):
+            raise UserError(f"{shown}: model_args may not hold {key!r}, which decides what is loaded")
     if "num_classes" in config and args.get("num_classes", config["num_classes"]) != config["num_classes"]:
-        raise UserError(f"{where}: num_classes is {config['num_classes']}, in model_args {args['num_classes']}")
+        raise UserError(f"{shown}: num_classes is {config['num_classes']}, in model_args {args['num_classes']}")
     return config
 
 
-def label_names(model_or_cfg: nn.Module | Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Class names in the order of the logits, or None where the model (or its `pretrained_cfg`) has none that fit it."""
-    if isinstance(model_or_cfg, nn.Module):
-        cfg = getattr(model_or_cfg, "pretrained_cfg", None) or {}
-        num_classes = getattr(model_or_cfg, "num_classes", cfg.get("num_classes"))
-    else:
-        cfg, num_classes = model_or_cfg, model_or_cfg.get("num_classes")
-    names = cfg.get("label_names")
-    if isinstance(names, Mapping):  # index -> name, with JSON's string keys
-        by_index = {int(index): str(label) for index, label in names.items()}
-        names = [by_index.get(index, str(index)) for index in range(num_classes or len(by_index))]
-    if not names or (num_classes is not None and len(names) != num_classes):
-        return None
-    return tuple(map(str, names))
+def listed(found: Mapping[str, Sequence[str]]) -> str:
+    """ "missing head.weight and 1 more; unexpected gate": the first item of each kind and the number of others. "" for none."""
+    return "; ".join(
+        f"{kind} {items[0]}{f' and {len(items) - 1} more' if len(items) > 1 else ''}"
+        for kind, items in found.items()
+        if items
+    )
+
+
+def _config_path(resolved: str) -> tuple[Path, str]:
+    """The local path of the config.json of a folder or a model on the Hub, and its name in messages."""
+    if resolved.startswith(LOCAL):
+        path = Path(resolved.removeprefix(LOCAL)) / MODEL_CONFIG
+        return path, str(path)
+    if not resolved.startswith(HUB):
+        raise UserError(f"expected a model folder or {HUB}USER/NAME, got the model name {resolved}")
+    repo, revision = hub_place(resolved)
+    return fetch(repo, [MODEL_CONFIG], revision), f"{resolved}/{MODEL_CONFIG}"
 
 
 def _known_models(like: str) -> list[str]:
@@ -385,58 +271,44 @@ def _known_models(like: str) -> list[str]:
     return timm.list_models("effzoo_*") if like.startswith("effzoo") else timm.list_models()
 
 
-def _model_folder(path: Path) -> Path:
-    """The model folder meant by a path: itself, or the `best/` of a run folder."""
-    path = path.expanduser()
-    if not path.is_dir():
-        is_file = " a file, not a folder" if path.exists() else " not there"
-        raise UserError(f"model folder {path} is{is_file}")
-    for folder in (path, path / "best"):
-        if (folder / CONFIG).is_file():
-            return folder.resolve()
-    raise UserError(f"{path} is not a model folder: it has no {CONFIG}")
-
-
-def _check_keys(content: Mapping[str, Any], table: Mapping[str, _Kind], kind: str, where: object) -> None:
-    """Raises `UserError` for keys that aren't in a table and values of another type than it says; null is no value."""
-    for key, value in content.items():
-        if key not in table:
-            raise UserError(f"{where}: {unknown_choice(kind, key, list(table))}")
-        types, described = table[key]
-        is_other_bool = isinstance(value, bool) and types not in (bool, object)  # True is an int for Python
-        if value is not None and (is_other_bool or not isinstance(value, types)):
-            raise UserError(f"{where}: {key} is {_short(value)}, expected {described}")
-
-
-def _check_pretrained_cfg(cfg: dict[str, Any], where: object) -> None:
-    """Raises `UserError` for a pretrained_cfg that timm would stumble over or that reaches for other files than ours."""
-    table = {field.name: _CFG_TYPES.get(field.name, _ANYTHING) for field in fields(PretrainedCfg)}
-    _check_keys(cfg, table | {"labels": _LABELS}, "key of pretrained_cfg", where)
-    for key in ("state_dict", "hf_hub_filename"):  # custom_load counts only with the latter
-        if cfg.get(key):
-            raise UserError(f"{where}: {key} is {_short(cfg[key])}: weights are read from {WEIGHTS} only")
-    for key, length in {"input_size": 3, "test_input_size": 3, "min_input_size": 3, "mean": None, "std": None}.items():
-        value = cfg.get(key)
+def _check_types(content: Mapping[str, Any], shown: object) -> None:
+    """Raises `UserError` for a value of another type than `_TYPES` says. Null is no value; other keys are timm's concern."""
+    for key, (types, expected) in _TYPES.items():
+        value = content.get(key)
         if value is None:
             continue
-        if not isinstance(value, list) or not all(_is_number(v) and v > 0 for v in value):
-            raise UserError(f"{where}: {key} is {_short(value)}, expected positive numbers")
-        if length and len(value) != length:
-            raise UserError(f"{where}: {key} is {_short(value)}, expected {length} numbers")
+        valid = isinstance(value, types) and not isinstance(value, bool)
+        if expected == "positive numbers":
+            valid = valid and all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in value)
+        if not valid:
+            raise UserError(f"{shown}: {key} is {_short(value)}, expected {expected}")
+    size, names = content.get("input_size"), content.get("label_names")
+    if size is not None and len(size) != 3:
+        raise UserError(f"{shown}: input_size is {_short(size)}, expected 3 numbers")
+    if isinstance(names, dict) and not all(key.isdecimal() for key in names):
+        raise UserError(f"{shown}: label_names is {_short(names)}, expected numbers of classes as its keys")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _create(
+    resolved: str, pretrained: bool, kwargs: Mapping[str, Any], shown: str | Path | None = None, newer: bool = False
+) -> nn.Module:
+    """`timm.create_model`, each failure as one line that names the model as `shown`.
 
-
-def _create(resolved: str, pretrained: bool, kwargs: Mapping[str, Any], shown: str | Path | None = None) -> nn.Module:
-    """`timm.create_model`, each failure as one line that names the model as `shown`."""
+    `newer`: the folder's pretrained_cfg has keys that this version of timm refuses; it is built without them.
+    """
     what = f"cannot load {resolved.removeprefix(LOCAL) if shown is None or resolved.startswith(LOCAL) else shown}"
     try:
         if pretrained and not resolved.startswith((LOCAL, HUB)):
             _fetch_published(resolved, kwargs)
+        given = dict(kwargs)
+        if newer:
+            cfg, resolved, args = load_model_config_from_path(resolved.removeprefix(LOCAL))
+            known = {field.name for field in fields(PretrainedCfg)}
+            given = {"pretrained_cfg": {key: value for key, value in cfg.items() if key in known}}
+            given |= {"pretrained_model_args": dict(args), **args}
+            given |= {key: value for key, value in kwargs.items() if value is not None}
         with quiet():
-            return timm.create_model(resolved, pretrained=pretrained, **kwargs)
+            return timm.create_model(resolved, pretrained=pretrained, **given)
     except UserError:
         raise
     except FAILURES as error:
@@ -446,7 +318,7 @@ def _create(resolved: str, pretrained: bool, kwargs: Mapping[str, Any], shown: s
 
 
 def _fetch_published(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Gets the weights that belong to a registered name from the Hub, if they are there, and checks them."""
+    """Downloads and verifies the weights that belong to a registered name, where they are on the Hub."""
     if kwargs.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
         return
     cfg = timm.models.get_pretrained_cfg(name)
@@ -456,7 +328,7 @@ def _fetch_published(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _explain(error: Exception) -> str:
-    """One line for what went wrong while building or filling a model."""
+    """One line for a failure to build or fill a model."""
     text = str(error)
     if isinstance(error, SafetensorError):
         return f"the weights file is damaged or incomplete ({text})"
@@ -464,14 +336,14 @@ def _explain(error: Exception) -> str:
         return f"the weights don't fit the model: {_explain_mismatch(text)}"
     refused = error if isinstance(error, pickle.UnpicklingError) else error.__cause__
     if isinstance(refused, pickle.UnpicklingError):
-        asked = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(refused))
-        wants = f"asks for {asked.group(1)}" if asked else "holds more than tensors"
-        return f"its weights are a pickle that {wants}: refused by weights_only, nothing was run"
+        requested = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(refused))
+        reason = f"asks for {requested.group(1)}" if requested else "holds more than tensors"
+        return f"its weights are a pickle that {reason}: refused by weights_only, nothing was run"
     if isinstance(error, TypeError) and (unexpected := re.search(r"unexpected keyword argument '(\w+)'", text)):
         return f"the model takes no argument {unexpected.group(1)!r}"
     if isinstance(error, LookupError):
         return f"its config or weights lack {text}"
-    return first_line(error)
+    return one_line(error, limit=300)
 
 
 def _explain_mismatch(text: str) -> str:
@@ -488,12 +360,7 @@ def _explain_mismatch(text: str) -> str:
         "unexpected": re.findall(r'"([^"]+)"', unexpected.group(1)) if unexpected else [],
         "of another shape": [f"{key} (is {got}, expected {expected})" for key, got, expected in shapes],
     }
-    parts = [
-        f"{kind} {items[0]}" + (f" and {len(items) - 1} more" if len(items) > 1 else "")
-        for kind, items in found.items()
-        if items
-    ]
-    return "; ".join(parts) or " ".join(text.split())[:300]
+    return listed(found) or one_line(text, limit=300)
 
 
 def _short(value: object) -> str:
@@ -510,10 +377,10 @@ def _model_config(
         raise ValueError(f"label_names must be a sequence of names, got the text {given!r}")
     if given is not None and len(given) != model.num_classes:
         raise ValueError(f"got {len(given)} label_names for a model of {model.num_classes} classes")
-    present = label_names(model)
+    present = labels_of(model)
     names = tuple(given) if given is not None else present
     if names:
-        # Here and not in pretrained_cfg: timm drops them there without a word when the number of classes has changed.
+        # Here and not in pretrained_cfg, where timm drops them silently when the number of classes has changed.
         config["label_names"] = list(names)
         kept = {} if names == present else {"label_descriptions": None}
         config["pretrained_cfg"] = {"label_names": None, **kept}
@@ -526,11 +393,11 @@ def _model_config(
     return config
 
 
-def _tell_classes_once(path: Path) -> None:
-    """Takes num_classes out of a config's model_args: timm has it from beside them, and transformers passes both on, which fails."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _drop_num_classes_from_model_args(path: Path) -> None:
+    """config.json names the number of classes on its top level too; transformers passes both to timm, which then fails."""
+    config = read_json(path)
     config.get("model_args", {}).pop("num_classes", None)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config)
 
 
 def _refuse_altered(model: nn.Module, folder: Path) -> None:
@@ -538,7 +405,7 @@ def _refuse_altered(model: nn.Module, folder: Path) -> None:
     try:
         fresh = timm.create_model(f"{LOCAL}{folder}", pretrained=False, device="meta")
     except _BUILD_ERRORS as error:
-        raise ValueError(f"the model can't be built anew from its config: {_explain(error)}") from error
+        raise ValueError(f"the model can't be rebuilt from its config: {_explain(error)}") from error
     expected = {key: tuple(value.shape) for key, value in fresh.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*expected, *got]:
@@ -549,12 +416,22 @@ def _refuse_altered(model: nn.Module, folder: Path) -> None:
             )
 
 
-def _keep_other_files(old: Path, new: Path) -> None:
-    """Copies what else lies in the folder to be replaced, e.g. a model card."""
+def _write_weights(model: nn.Module, writing: Path, folder: Path) -> None:
+    # safetensors takes row-major tensors only; the convolutions of a channels_last model aren't
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    try:
+        save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot write {folder / WEIGHTS}: {error}") from error
+    shutil.copymode(writing / MODEL_CONFIG, writing / WEIGHTS)  # safetensors gives its files to their owner only
+
+
+def _copy_other_files(old: Path, new: Path) -> None:
+    """Copies everything else from the folder to be replaced, e.g. a model card."""
     if not old.is_dir():
         return
     for path in old.iterdir():
-        if path.name in (CONFIG, WEIGHTS):
+        if path.name in (MODEL_CONFIG, WEIGHTS):
             continue
         if path.is_dir():
             shutil.copytree(path, new / path.name, symlinks=True)
@@ -569,25 +446,16 @@ def _sync(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`; what was there before ends up at `new`, if anywhere."""
-    if not folder.exists():
-        new.rename(folder)
-    elif not _exchange(new, folder):
-        # Without an exchange in one step there is a moment without a folder, but never one with a half one.
-        old = folder.with_name(f".{folder.name}.old")
+def _previous(folder: Path) -> Path:
+    """Where the replaced folder is for a moment. A crash in that moment leaves it there: `load` reads it, `save` moves it back."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Puts `new` in the place of `folder`."""
+    old = _previous(folder)
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two paths in one step where the system can (Linux' renameat2); whether it did."""
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(current_folder, os.fsencode(one), current_folder, os.fsencode(other), exchange) == 0
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A model folder's way to the Hub: what goes along, the card, and one commit that is there as a whole or not at all.
+"""Publishing model folders on the Hub and downloading them: what is published, its card, and one atomic commit.
 
-Beside weights and config travel the records of the run that the folder came from, under `training/`: the config, the summary, the
-metrics per epoch and the figures. What would tell more of the machine than of the model (absolute paths, names of unreadable files)
-is cut down first, and nothing that looks like a token of the Hub leaves.
+Next to weights and config, the records of the run that the folder came from are published under `training/`: config, summary, metrics
+per epoch, validations and figures. What identifies the machine rather than the model (absolute paths, names of unreadable files) is
+removed first, and nothing that looks like a token of the Hub is uploaded.
 """
 
 from __future__ import annotations
@@ -11,254 +11,343 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
+from huggingface_hub.hf_api import ModelInfo
 
 from ..config import read_yaml
 from ..errors import UserError
-from . import card
-from .client import (
-    FAILURES,
-    MissingFile,
-    content_hash,
-    explain,
-    fetch,
-    holds_token,
-    make_api,
-    require_answer,
-    require_name,
-    translated,
+from ..run_folder import (
+    BEST,
+    CARD,
+    CONFIG,
+    EXTRA_KEY,
+    LAST,
+    METRICS,
+    MODEL_CONFIG,
+    RECORDS,
+    SUMMARY,
+    VALIDATION,
+    WEIGHTS,
+    read_json,
+    run_of,
 )
+from . import card, client
+from .client import FAILURES, explain, fetch
+from .folder import HUB, checked_config, hub_place, load, model_folder
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-RECORDS = "training"
-RECORD_FILES = (
-    *("config.yaml", "summary.json", "validation.json", "benchmark.json"),
-    *("metrics.csv", "curves.png", "confusion_matrix.png"),
-)
-PUBLISHED = (CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in RECORD_FILES))
-"""All that a push writes, and all that a pull reads."""
+_PUBLISHED = (MODEL_CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in (CONFIG, SUMMARY, VALIDATION, METRICS)))
+"""What a push writes and a pull reads, besides the figures that the card shows."""
 
-_PRIVATE_KEYS = ("bad_file_names",)
+_PRIVATE_KEYS = ("bad_file_names", "path")
 _ABSOLUTE = re.compile(r"^(?P<source>local-dir:)?(?:/|~|[A-Za-z]:[\\/])")
 
-
-@contextmanager
-def prepared(folder: Path, license: str | None = None) -> Iterator[Path]:
-    """A temporary copy of a model folder as it is to be published, without the card. The folder itself stays as it is.
-
-    Args:
-        folder: A model folder. Its records are looked for in its own `training/`, else beside it where it lies in a run folder.
-        license: What the config shall name as the weights' licence; None to leave that as it is.
-    """
-    with tempfile.TemporaryDirectory(prefix="effzoo-push-") as temporary:
-        copy = Path(temporary) / folder.name
-        copy.mkdir()
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} has no {name}: only models in the safetensors format are published")
-            shutil.copyfile(folder / name, copy / name)
-        config = _read_json(copy / CONFIG)
-        if license is not None:
-            config.setdefault("pretrained_cfg", {})["license"] = license
-        if "effvit_zoo" in config:
-            config["effvit_zoo"] = _public(config["effvit_zoo"])
-        _write_json(copy / CONFIG, config)
-        if (records := _records(folder)) is not None:
-            _copy_records(records, copy / RECORDS)
-        _refuse_tokens(copy)
-        yield copy
+_Content = bytes | Path
 
 
-def publish(
-    copy: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    license: str | None = None,
-    message: str | None = None,
-) -> str:
-    """Uploads what `prepared` made, with a card, as one commit; creates the repository or branch where there is none.
+class _Outcome(Enum):
+    """What a failed push has left on the Hub."""
 
-    Returns:
-        The commit's address.
-
-    Raises:
-        UserError: Whatever goes wrong on the way; the message says what is on the Hub afterwards.
-    """
-    if revision is not None and not re.fullmatch(r"\w[\w./-]*", revision):
-        raise UserError(f"{revision!r} can't be a branch: expected letters, digits, and . / - between them")
-    what = _require_way(repo_id)
-    api, state = make_api(), "is as it was before"
-    try:
-        with translated(what):
-            try:
-                before = api.model_info(repo_id)
-            except RepositoryNotFoundError:
-                state = "may have been created, without a model"
-                api.create_repo(repo_id, private=private)
-                state = "was created, but holds no model"
-                before = api.model_info(repo_id)
-            if private is not None and bool(before.private) != private:
-                is_now = "private" if before.private else "public"
-                raise UserError(f"{what}: it is there already and {is_now}; its settings page changes that")
-            if revision is not None:
-                try:
-                    before = api.model_info(repo_id, revision=revision)
-                except RevisionNotFoundError:
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-                    state += (
-                        f", but for the new branch {revision}" if "before" in state else f" in the branch {revision}"
-                    )
-                    before = api.model_info(repo_id, revision=revision)
-            present = {file.rfilename for file in before.siblings or ()}
-            own_words = _own_words(api, repo_id, before.sha, present)
-            text = card.make(copy, repo_id, revision=revision, license=license, own_words=own_words)
-            (copy / CARD).write_text(text, encoding="utf-8")
-            _refuse_tokens(copy)  # also in what somebody wrote into the card, or in the licence
-            return _commit(api, copy, repo_id, revision, present, before.sha, message or "Upload a model of effvit_zoo")
-    except _Unclear:
-        raise
-    except UserError as error:
-        if state.startswith("may") and isinstance(error.__cause__, HfHubHTTPError):
-            state = "was not created"
-        raise UserError(f"{error}; the repository {state}") from error
-
-
-def download(repo: str, commit: str) -> dict[str, Path]:
-    """Cached paths of all that belongs to a published model, by their names, downloaded where needed and checked.
-
-    Raises:
-        UserError: There are no weights in the safetensors format, a content is wrong, or the Hub fails.
-    """
-    found = {name: fetch(repo, [name], commit) for name in (CONFIG, WEIGHTS)}
-    for name in PUBLISHED:
-        if name not in found:
-            with suppress(UserError if constants.HF_HUB_OFFLINE else MissingFile):
-                found[name] = fetch(repo, [name], commit)
-    return found
-
-
-def require_pushable(repo_id: str) -> None:
-    """Raises `UserError` for what would keep a later push from working and can be known now: the name, the token, the network."""
-    what = _require_way(repo_id)
-    with translated(what):
-        known = make_api().whoami()
-    if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"{what}: the token may read only; it needs write access to that name")
-
-
-def _require_way(repo_id: str) -> str:
-    """Checks the name and that there are a token and a Hub; the beginning of further messages."""
-    what = f"cannot push to {require_name(repo_id)}"
-    if get_token() is None:
-        raise UserError(f"{what}: {explain(LocalTokenNotFoundError())}")
-    require_answer(repo_id)
-    return what
+    UNCHANGED = "is as it was before"
+    NEW_BRANCH = "is as it was before, but for the new branch {branch}"
+    UNKNOWN = "may have been created, without a model"
+    NOT_CREATED = "was not created"
+    CREATED = "was created, but holds no model"
+    CREATED_WITH_BRANCH = "was created, but holds no model in the branch {branch}"
 
 
 class _Unclear(UserError):
     """It is not known what is on the Hub now."""
 
 
-def _commit(
-    api: HfApi, copy: Path, repo_id: str, revision: str | None, present: set[str], parent: str | None, message: str
+def push(
+    folder: str | Path,
+    repo_id: str,
+    describe: Callable[[Mapping[str, Any]], card.CardFacts],
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    message: str | None = None,
 ) -> str:
-    """Sends all files, and takes away those of an earlier push that this one doesn't have."""
-    files = {path.relative_to(copy).as_posix(): path for path in sorted(copy.rglob("*")) if path.is_file()}
-    stale = sorted((present & set(PUBLISHED)) - files.keys())
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    """Publishes a model folder on the Hub with a card, as one commit. The folder isn't changed.
+
+    Args:
+        folder: A model folder, or a run folder (stands for its `best/`). The run's records are published under `training/`.
+        repo_id: USER/NAME; created if missing.
+        describe: Content of config.json -> what the card says that depends on the task.
+        private: Whether the repository shall be private; an existing one must be so already. None: as it is, or the account's default.
+        revision: Branch to push to, created if missing; None for the main one.
+        license: Licence of the weights, an identifier of the Hub such as "apache-2.0". None: what the records say, else none is stated.
+        message: Commit message.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: The folder isn't a loadable model in its training form, holds a token, or the Hub refuses; the message says
+            what is on the Hub afterwards.
+    """
+    folder = model_folder(folder)
+    client.require_name(repo_id)
+    files = _contents(folder, license)
     try:
-        commit = api.create_commit(
-            repo_id,
-            [*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+        load(folder)
+    except UserError as error:
+        raise UserError(f"{error}; only a whole model in its training form is pushed, not a fused one") from error
+    facts = describe(json.loads(files[MODEL_CONFIG]))  # type: ignore[arg-type]
+    if (records := _records_of(folder)) is not None:
+        files |= {f"{RECORDS}/{name}": records / name for name in facts.figures if (records / name).is_file()}
+    _refuse_tokens(files)
+    if revision is not None and not re.fullmatch(r"\w[\w./-]*", revision):
+        raise UserError(f"{revision!r} can't be a branch: expected letters, digits, and . / - between them")
+    what = _require_way(repo_id)
+    place = _Place(client.make_api(), repo_id, revision)
+    try:
+        with client.translated(what):
+            place.open(private, what)
+            previous = place.previous_card()
+            words = card.own_words(previous)
+            text = card.make(files, repo_id, facts, revision=revision, license=license, own_words=words)
+            files[CARD] = text.encode()
+            _refuse_tokens(files)  # also in what somebody wrote into the card, or in the licence
+            stale = (place.present & {*_PUBLISHED, *card.figures_in(previous)}) - files.keys()
+            return _commit(place, files, sorted(stale), message or "Upload a model of effvit_zoo")
+    except _Unclear:
+        raise
+    except UserError as error:
+        outcome = place.outcome
+        if outcome is _Outcome.UNKNOWN and isinstance(error.__cause__, errors.HfHubHTTPError):
+            outcome = _Outcome.NOT_CREATED
+        raise UserError(f"{error}; the repository {outcome.value.format(branch=revision)}") from error
+
+
+def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
+    """Copies a model from the Hub into a new folder after verifying all of it; needs no network for what is cached.
+
+    Args:
+        repo_id: USER/NAME, also as `hf-hub:USER/NAME[@REVISION]`.
+        folder: Where to; must not exist, or be empty. None: NAME, in the current folder.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Returns:
+        The folder's absolute path: a model folder with the card and the records of its training, where there are any.
+
+    Raises:
+        UserError: The folder exists, there is no such model, it is damaged, malformed or not in the safetensors format,
+            or the Hub fails. No folder is left then.
+        OSError: A disk fails.
+    """
+    repo, given = hub_place(repo_id)
+    folder = Path(folder if folder is not None else repo.partition("/")[2]).expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: name another output")
+    found = _download(repo, revision or given)
+    writing = folder.with_name(f".{folder.name}.pulling")
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        for name, path in found.items():
+            (writing / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, writing / name)
+        try:
+            load(writing)
+        except UserError as error:
+            raise UserError(str(error).replace(str(writing), f"{HUB}{repo}")) from error
+        if folder.exists():
+            folder.rmdir()
+        writing.rename(folder)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return folder
+
+
+def require_pushable(repo_id: str) -> None:
+    """Raises `UserError` for what is known now to make a later push fail: the name, the token, the network."""
+    what = _require_way(repo_id)
+    with client.translated(what):
+        known = client.make_api().whoami()
+    if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"{what}: the token may read only; it needs write access to that name")
+
+
+def _require_way(repo_id: str) -> str:
+    """Checks the name and that there are a token and a Hub; returns the beginning of further messages."""
+    what = f"cannot push to {client.require_name(repo_id)}"
+    if get_token() is None:
+        raise UserError(f"{what}: {explain(errors.LocalTokenNotFoundError())}")
+    client.require_answer(repo_id)
+    return what
+
+
+@dataclass
+class _Place:
+    """A branch of a repository, and what this push has done to it so far."""
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    outcome: _Outcome = _Outcome.UNCHANGED
+    before: ModelInfo | None = None
+
+    def open(self, private: bool | None, what: str) -> None:
+        """Creates the repository and the branch where they are missing, and reads what they hold."""
+        try:
+            self.before = self.api.model_info(self.repo_id)
+        except errors.RepositoryNotFoundError:
+            self.outcome = _Outcome.UNKNOWN
+            self.api.create_repo(self.repo_id, private=private)
+            self.outcome = _Outcome.CREATED
+            self.before = self.api.model_info(self.repo_id)
+        if private is not None and bool(self.before.private) != private:
+            visibility = "private" if self.before.private else "public"
+            raise UserError(f"{what}: it is there already and {visibility}; its settings page changes that")
+        if self.revision is None:
+            return
+        try:
+            self.before = self.api.model_info(self.repo_id, revision=self.revision)
+        except errors.RevisionNotFoundError:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            created = self.outcome is _Outcome.CREATED
+            self.outcome = _Outcome.CREATED_WITH_BRANCH if created else _Outcome.NEW_BRANCH
+            self.before = self.api.model_info(self.repo_id, revision=self.revision)
+
+    @property
+    def commit(self) -> str | None:
+        return self.before.sha if self.before else None
+
+    @property
+    def present(self) -> set[str]:
+        """Names of the files that are there."""
+        return {file.rfilename for file in (self.before and self.before.siblings) or ()}
+
+    def previous_card(self) -> str:
+        """The text of the card that is there, "" for none."""
+        if CARD not in self.present:
+            return ""
+        with tempfile.TemporaryDirectory() as temporary:  # not the cache, which would take this for the newest commit
+            try:
+                path = self.api.hf_hub_download(self.repo_id, CARD, revision=self.commit, local_dir=temporary)
+            except errors.EntryNotFoundError:
+                return ""
+            return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _commit(place: _Place, files: Mapping[str, _Content], stale: list[str], message: str) -> str:
+    """Uploads all files and deletes those of an earlier push that this one doesn't have, as one commit; returns its address."""
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    deleted = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    try:
+        commit = place.api.create_commit(
+            place.repo_id,
+            [*added, *deleted],
             commit_message=message,
-            revision=revision,
-            parent_commit=parent,
+            revision=place.revision,
+            parent_commit=place.commit,
         )
     except FAILURES as error:
-        # The answer may have got lost behind a commit that was made.
+        # The answer may have been lost after the commit was made.
         try:
-            address = _arrived(api, files, repo_id, revision, parent)
+            address = _arrived(place, files)
         except FAILURES:
-            text = "neither does it tell whether the commit arrived: push again later"
-            raise _Unclear(f"cannot push to {repo_id}: {explain(error)}; {text}") from error
+            text = f"cannot push to {place.repo_id}: {explain(error)}; and whether the commit went through is unknown"
+            raise _Unclear(f"{text}: push again later") from error
         if address is None:
             raise
         return address
     except ValueError as error:  # refusals of single files, and of the card's metadata
-        raise UserError(f"cannot push to {repo_id}: the Hub refuses it: {explain(error)}") from error
+        raise UserError(f"cannot push to {place.repo_id}: the Hub refuses it: {explain(error)}") from error
     return commit.commit_url
 
 
-def _arrived(
-    api: HfApi, files: Mapping[str, Path], repo_id: str, revision: str | None, parent: str | None
-) -> str | None:
+def _arrived(place: _Place, files: Mapping[str, _Content]) -> str | None:
     """The address of a commit that holds exactly these files, if the repository has moved on to one."""
-    info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    if info.sha == parent:
+    info = place.api.model_info(place.repo_id, revision=place.revision, files_metadata=True)
+    if info.sha == place.commit:
         return None
     there = {file.rfilename: file for file in info.siblings or ()}
-    for name, path in files.items():
+    for name, content in files.items():
         file = there.get(name)
         if file is None:
             return None
         theirs, git = (file.lfs.sha256, False) if file.lfs else (file.blob_id, True)
-        if theirs != content_hash(path, git=git):
+        if theirs != client.content_hash(content, git=git):
             return None
-    return f"{api.endpoint}/{repo_id}/commit/{info.sha}"
+    return f"{place.api.endpoint}/{place.repo_id}/commit/{info.sha}"
 
 
-def _own_words(api: HfApi, repo_id: str, commit: str | None, present: set[str]) -> str:
-    """What people wrote into the repository's card themselves."""
-    if CARD not in present:
-        return ""
-    with tempfile.TemporaryDirectory() as temporary:  # not the cache, which would believe to know the newest commit
-        try:
-            path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=temporary)
-        except EntryNotFoundError:
-            return ""
-        return card.own_words(Path(path).read_text(encoding="utf-8", errors="replace"))
+def _download(repo: str, revision: str | None) -> dict[str, Path]:
+    """Cached paths of all that belongs to a published model, by their names, downloaded where needed and verified.
+
+    Raises:
+        UserError: There are no weights in the safetensors format, a content is wrong, or the Hub fails.
+    """
+    config = fetch(repo, [MODEL_CONFIG], revision, verify=True)
+    commit = config.parent.name
+    found = {MODEL_CONFIG: config, WEIGHTS: fetch(repo, [WEIGHTS], commit, verify=True)}
+    checked_config(config, f"{HUB}{repo}/{MODEL_CONFIG}")
+
+    def add(name: str) -> None:
+        with suppress(UserError if constants.HF_HUB_OFFLINE else client.MissingFile):
+            found[name] = fetch(repo, [name], commit, verify=True)
+
+    for name in _PUBLISHED:
+        if name not in found:
+            add(name)
+    if CARD in found:
+        for name in card.figures_in(found[CARD].read_text(encoding="utf-8", errors="replace")):
+            add(name)
+    return found
 
 
-def _records(folder: Path) -> Path | None:
+def _contents(folder: Path, license: str | None) -> dict[str, _Content]:
+    """What of a model folder is published, by name in the repository, without figures and card.
+
+    Args:
+        folder: A model folder. Its records are those in its own `training/`, else those of the run folder that it lies in.
+        license: What the config shall name as the weights' licence; None to leave that as it is.
+    """
+    for name in (MODEL_CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: only models in the safetensors format are published")
+    config = checked_config(folder / MODEL_CONFIG, folder / MODEL_CONFIG)
+    if license is not None:
+        config.setdefault("pretrained_cfg", {})["license"] = license
+    if EXTRA_KEY in config:
+        config[EXTRA_KEY] = _public(config[EXTRA_KEY])
+    files: dict[str, _Content] = {MODEL_CONFIG: _as_json(config), WEIGHTS: folder / WEIGHTS}
+    records = _records_of(folder)
+    if records is None:
+        return files
+    run = _public(read_yaml(records / CONFIG))
+    run.pop("hub", None)  # whose uploads they were is not the reader's concern
+    files[f"{RECORDS}/{CONFIG}"] = yaml.safe_dump(run, sort_keys=False, allow_unicode=True).encode()
+    for name in (SUMMARY, VALIDATION):
+        if (records / name).is_file():
+            content = read_json(records / name)
+            if name == VALIDATION and records == folder.parent and isinstance(content, list):
+                other = LAST if folder.name == BEST else BEST
+                content = [row for row in content if Path(str(row.get("model", ""))).name != other]
+            files[f"{RECORDS}/{name}"] = _as_json(_public(content))
+    if (records / METRICS).is_file():
+        files[f"{RECORDS}/{METRICS}"] = (records / METRICS).read_bytes()
+    return files
+
+
+def _records_of(folder: Path) -> Path | None:
     """Where the records of the run lie that a model folder came from."""
-    if (folder / RECORDS / "config.yaml").is_file():
-        return folder / RECORDS
-    if folder.name in ("best", "last") and (folder.parent / "config.yaml").is_file():
-        return folder.parent
-    return None
-
-
-def _copy_records(source: Path, target: Path) -> None:
-    target.mkdir()
-    for name in RECORD_FILES:
-        if not (source / name).is_file():
-            continue
-        if name.endswith(".json"):
-            _write_json(target / name, _public(_read_json(source / name)))
-        elif name.endswith(".yaml"):
-            text = yaml.safe_dump(_public(read_yaml(source / name)), sort_keys=False, allow_unicode=True)
-            (target / name).write_text(text, encoding="utf-8")
-        else:
-            shutil.copyfile(source / name, target / name)
+    return folder / RECORDS if (folder / RECORDS / CONFIG).is_file() else run_of(folder)
 
 
 def _public(value: Any) -> Any:
-    """The value without what concerns only the machine it was written on: of absolute paths the last part stays."""
+    """The value without what concerns only the machine it was written on; absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
         return {key: _public(item) for key, item in value.items() if key not in _PRIVATE_KEYS}
     if isinstance(value, list | tuple):
@@ -268,20 +357,11 @@ def _public(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+def _as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _refuse_tokens(copy: Path) -> None:
-    for path in sorted(copy.rglob("*")):
-        if path.suffix in (".json", ".yaml", ".md", ".csv") and holds_token(path.read_text(encoding="utf-8")):
-            raise UserError(
-                f"{path.relative_to(copy).as_posix()} holds what looks like a token of the Hub: not uploaded"
-            )
+def _refuse_tokens(files: Mapping[str, _Content]) -> None:
+    for name, content in sorted(files.items()):
+        if isinstance(content, bytes) and client.holds_token(content.decode(errors="replace")):
+            raise UserError(f"{name} holds what looks like a token of the Hub: not uploaded")

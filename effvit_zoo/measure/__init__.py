@@ -1,1 +1,1 @@
-"""What is measured with: parameters and MACs, interleaved timing, peak memory, the host. Knows no model."""
+"""Measuring instruments: parameters and MACs, interleaved timing, peak memory, the host. Independent of any model."""

@@ -1,4 +1,4 @@
-"""How the C library's allocator treats what a training step frees."""
+"""The C library's allocator: whether it keeps the memory that a training step frees."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory for the next step, instead of giving it back to the system and paging it in again.
+    """Makes glibc keep freed memory for the next step, instead of returning it to the system and paging it in again.
 
-    A training step allocates and frees the same large tensors every time. By default glibc maps many of them anew, those above 32 MB
-    always, and on a CPU the page faults can take a quarter of the step. What `MALLOC_*` variables ask for goes first; with another C
-    library nothing happens.
+    It changes the whole process: call it from a command, not from a library function. A training step allocates and frees the same large
+    tensors every time. By default glibc maps many of them anew, those above 32 MB always, and on a CPU the page faults can take a quarter
+    of the step. `MALLOC_*` variables and `GLIBC_TUNABLES` take precedence; another C library is left as it is.
 
     Returns:
-        Whether it was set.
+        Whether the allocator was changed.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
         "GLIBC_TUNABLES", ""

@@ -1,15 +1,13 @@
-"""What a model costs on paper, and the processor that has to pay: parameters and multiply-accumulates (MACs) of one image.
+"""Parameters of a model, and its multiply-accumulates (MACs) for one image.
 
-MACs are those of convolutions and matrix products (half of what `torch.utils.flop_counter` counts), attention included:
-element-wise work, norms and softmax are left out, as in the papers' tables. A model on the meta device is counted without
-computing anything.
+MACs are those of convolutions and matrix products (half of what `torch.utils.flop_counter` counts), attention included;
+element-wise operations, norms and softmax are left out, as in the papers' tables. A model on the meta device is counted
+without computing anything.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -22,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class _NoValues(TorchFunctionMode):
-    """Passes over initialisation of meta tensors, which takes six times as long as building a model without it."""
+    """Skips the initialisation of meta tensors, which takes six times as long as building a model without it."""
 
     fills = frozenset(
         getattr(torch.Tensor, name)
@@ -38,7 +36,7 @@ class _NoValues(TorchFunctionMode):
 
 
 def skeleton(name: str) -> nn.Module:
-    """A registered model on the meta device: all shapes, no values, in milliseconds."""
+    """A registered model on the meta device: shapes without values, built in milliseconds."""
     with _NoValues():
         return timm.create_model(name, device="meta")
 
@@ -49,7 +47,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> int:
-    """MACs of one forward pass for one image, on the device and in the type of the model's parameters.
+    """MACs of one forward pass for one image, on the device and in the dtype of the model's parameters.
 
     Args:
         model: On any device, "meta" included; its train/eval modes are restored.
@@ -61,20 +59,10 @@ def count_macs(model: nn.Module, input_size: Sequence[int] | None = None) -> int
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # The counter doesn't know the CPU's fused attention kernel and would count it as nothing.
+        # the counter doesn't know the CPU's fused attention kernel and would count it as 0
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(image)
     finally:
         for module, training in modes:
             module.training = training
     return counter.get_total_flops() // 2
-
-
-def processor_name() -> str:
-    """The CPU's model name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

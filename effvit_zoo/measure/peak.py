@@ -1,8 +1,8 @@
 """Peak memory of one call on a CPU, exact to the byte, from the allocations that torch's profiler records.
 
-The resident size of a process says it only roughly: the C library keeps freed memory for later, pages count when they are first touched,
-and libraries load lazily. The profiler sees every allocation and release of torch's own allocator instead, also those inside a kernel.
-Not in it: the scratch space that MKL and oneDNN allocate by themselves.
+The resident size of a process is only an estimate: the C library keeps freed memory for later, pages count when they are first touched,
+and libraries load lazily. The profiler sees every allocation and release of torch's own allocator, also those inside a kernel.
+The scratch space that MKL and oneDNN allocate themselves is not included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that is allocated at any moment of a call, without what was there before and without the tensors that it returns."""
+    """Peak of the bytes allocated during a call, without those allocated before and without the tensors that it returns."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         with _no_log_lines():
@@ -43,7 +43,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 
 @contextlib.contextmanager
 def _no_log_lines() -> Iterator[None]:
-    """Keeps what the profiler's library prints about itself, and about graphics cards that it misses, off the terminal."""
+    """Discards the log lines that the profiler's library prints to stderr about itself and about missing GPUs."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -8,5 +8,7 @@ from . import swiftformer as swiftformer
 from . import swin as swin
 from . import tosa_vit as tosa_vit
 from ._swap import swap_attention as swap_attention
+from .tosa_vit import AtRatio as AtRatio
+from .tosa_vit import SelectorLosses as SelectorLosses
 from .tosa_vit import to_dense as to_dense
 from .tosa_vit import to_tosa as to_tosa

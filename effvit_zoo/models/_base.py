@@ -1,8 +1,8 @@
-"""HierarchicalBackbone: timm's model contract (1.0.31), written once for every stem -> stages -> norm -> head family of this package.
+"""HierarchicalBackbone: timm's model contract (1.0.31), implemented once for every stem -> stages -> norm -> head family of this package.
 
 A family subclasses it, builds `stem`, `stages` (an `nn.Sequential` of `Stage`), `norm` and `head` in its constructor and ends with
-`finish(dims)`; everything else that timm and its users expect is here, together with what the families share: the build call around
-timm's factory, the defaults of a pretrained config, and the algebra that folds normalisation and scales into convolutions.
+`finish(dims)`; everything else that timm and its users expect is here, together with the families' build call around timm's factory and the
+defaults of a pretrained config. Layers fold by `_fold`.
 
 Own code; the contract (names, arguments, semantics) is timm's, Apache-2.0, https://github.com/huggingface/pytorch-image-models.
 Deliberate differences: `forward_intermediates` also gives NHWC, and `init_weights` re-initialises everything after `to_empty`.
@@ -11,7 +11,6 @@ Layout: images are (B, C, H, W); features are (B, C, H, W) or (B, H, W, C) as th
 """
 
 import argparse
-import copy
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -35,20 +34,14 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..errors import UserError, unknown_choice
+from ..attention._recording import is_traced
+from ..errors import unknown_choice_text
 
 BackboneT = TypeVar("BackboneT", bound=nn.Module)
-LayerT = TypeVar("LayerT", nn.Conv2d, nn.Linear)
-
-
-@torch.jit.ignore
-def is_traced(x: torch.Tensor) -> bool:
-    """Whether somebody (fx, jit.trace, export, compile) records what is done with `x` instead of just doing it."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 class Stage(nn.Module):
-    """An optional downsampling layer, then blocks; recomputes the blocks in backward when `grad_checkpointing` is set."""
+    """An optional downsampling layer, then blocks, which are recomputed in backward when `grad_checkpointing` is set."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: Optional[nn.Module] = None) -> None:
         super().__init__()
@@ -68,15 +61,15 @@ class Stage(nn.Module):
 class HierarchicalBackbone(nn.Module):
     """Base of the hierarchical families.
 
-    What a subclass provides:
+    A subclass provides:
       * `stem`, `stages`, `norm` (`nn.Identity()` if there is none) and `head`, then `self.finish(dims)` as the constructor's last line.
       * `head(x, pre_logits=False)`, `head.fc`, `head.num_features` and `head.reset(num_classes, pool_type, reset_other, in_features,
         device, dtype)` as timm's classifier heads have them; otherwise it overrides `get_classifier`, `reset_classifier`, `forward_head`.
       * `init_module(module, name)` if its initialisation is not truncated normal 0.02. A module that owns bare parameters has
         `reset_parameters()` for them, one that owns non-persistent buffers `init_non_persistent_buffers()`.
       * the class attributes below where its values differ.
-      * if timm has other names for `stem` and `stages` in this family: `stem_name`, `stages_name` and the two methods that go through
-        these parts, `forward_stages` and `forward_features` (TorchScript needs the names spelt out).
+      * if timm has other names for `stem` and `stages` in this family: `stem_name`, `stages_name` and the two methods that call
+        these parts, `forward_stages` and `forward_features` (TorchScript needs literal names).
 
     Args:
         num_classes: Outputs of the classifier; 0 removes it.
@@ -89,7 +82,7 @@ class HierarchicalBackbone(nn.Module):
 
     output_fmt = "NCHW"
     pool_types: ClassVar[Tuple[str, ...]] = ("", "avg", "max", "avgmax", "catavgmax")
-    min_input_size: ClassVar[int] = 1  # pixels; the smallest height and width that every layer can take
+    min_input_size: ClassVar[int] = 1  # pixels; the smallest height and width that all layers support
     stem_name: ClassVar[str] = "stem"
     stages_name: ClassVar[str] = "stages"
 
@@ -104,7 +97,7 @@ class HierarchicalBackbone(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = self.check_pool(global_pool)
-        self.output_fmt = type(self).output_fmt  # FeatureGetterNet and TorchScript look at the instance
+        self.output_fmt = type(self).output_fmt  # FeatureGetterNet and TorchScript read it from the instance
         self.feature_info: List[Dict[str, Any]] = []
         self.num_stages = 0
         self.num_features = 0
@@ -114,7 +107,7 @@ class HierarchicalBackbone(nn.Module):
     def check_pool(self, global_pool: str) -> str:
         """The name itself if it is one of `pool_types`, else ValueError."""
         if global_pool not in self.pool_types:
-            raise unknown_choice("global_pool", global_pool, self.pool_types)
+            raise ValueError(unknown_choice_text("global_pool", global_pool, self.pool_types))
         return global_pool
 
     @torch.jit.ignore
@@ -145,7 +138,7 @@ class HierarchicalBackbone(nn.Module):
             needs_reset: Start from `reset_parameters` of every module; False right after construction.
         """
         if mode not in ("", "reset"):
-            raise unknown_choice("weight init mode", mode, ("", "reset"))
+            raise ValueError(unknown_choice_text("weight init mode", mode, ("", "reset")))
         for name, module in self.named_modules():
             if needs_reset or mode == "reset":
                 reset = getattr(module, "reset_parameters", None)
@@ -165,11 +158,11 @@ class HierarchicalBackbone(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    # what optimisers and trainers ask for
+    # for optimisers and trainers
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters that weight decay must leave alone, besides biases and norms."""
+        """Names of parameters without weight decay, besides biases and norms."""
         return set()
 
     @torch.jit.ignore
@@ -207,7 +200,7 @@ class HierarchicalBackbone(nn.Module):
         Args:
             num_classes: Outputs; 0 removes the classifier.
             global_pool: New pooling; None keeps the present one.
-            reset_other: Also drop whatever else the head has between pooling and classifier.
+            reset_other: Also remove the head's other layers between pooling and classifier.
         """
         if global_pool is not None:
             self.global_pool = self.check_pool(global_pool)
@@ -234,7 +227,7 @@ class HierarchicalBackbone(nn.Module):
             x: Image, (B, in_chans, height, width).
             indices: Stages to return: the last n if an int, these if a list, all if None.
             norm: Apply the final norm to the last stage's feature.
-            stop_early: Do not run the stages after the last one asked for.
+            stop_early: Skip the stages after the last requested one.
             output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
             intermediates_only: Return the list only.
 
@@ -253,7 +246,7 @@ class HierarchicalBackbone(nn.Module):
         x, taken = self.forward_stages(x, take_indices, reached)
         for i, y in enumerate(taken):
             if norm and i == len(taken) - 1 and last_index in take_indices:
-                y = self.norm(y)  # of the last stage
+                y = self.norm(y)  # y is the last stage's
             if self.output_fmt == "NCHW" and output_fmt == "NHWC":
                 y = y.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
             elif self.output_fmt == "NHWC" and output_fmt == "NCHW":
@@ -270,9 +263,9 @@ class HierarchicalBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Removes what the given stages' features do not need; returns the stages' indices.
+        """Removes the layers that the given stages' features do not need; returns the stages' indices.
 
-        Cutting stages off always takes norm and head along, which are sized for the last stage.
+        Removing stages always removes norm and head too, which are sized for the last stage.
         """
         take_indices, max_index = feature_take_indices(self.num_stages, indices)
         cut = max_index < self.num_stages - 1
@@ -288,12 +281,12 @@ class HierarchicalBackbone(nn.Module):
 
     @torch.jit.ignore
     def check_input(self, x: torch.Tensor) -> None:
-        """ValueError if the image is smaller than the network can take. Silent under any tracer: shapes are symbols there."""
+        """Raises ValueError if the image is smaller than `min_input_size`; no check under a tracer, where shapes are symbols."""
         if is_traced(x):
             return
         height, width = x.shape[-2:]
         if min(height, width) < self.min_input_size:
-            raise UserError(
+            raise ValueError(
                 f"{type(self).__name__} needs images of at least {self.min_input_size} x {self.min_input_size} pixels, "
                 f"got {height} x {width}"
             )
@@ -336,8 +329,8 @@ def build(
     sizes: Mapping[str, Any],
     **kwargs: Any,
 ) -> BackboneT:
-    """timm's factory for a four-stage family: `kwargs` (what the caller of a registered function gave) override `sizes`."""
-    # official training checkpoints hold their command line too; timm admits it in files, but not in what it downloads from a URL
+    """timm's factory for a four-stage family; `kwargs`, the arguments of the registered function's caller, override `sizes`."""
+    # official training checkpoints contain their command line; timm admits it in local files, but not in downloads from a URL
     with torch.serialization.safe_globals([argparse.Namespace]):
         return build_model_with_cfg(
             model_cls,
@@ -352,7 +345,7 @@ def build(
 def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: str, **overrides: Any) -> Dict[str, Any]:
     """One entry of a family's `default_cfgs`: ImageNet-1k at 224 px with ImageNet's mean and std unless `overrides` say otherwise.
 
-    `hf_hub_id` must be the full name: timm completes `"timm/"` with the name of OUR architecture, which is not on the Hub.
+    `hf_hub_id` must be the full name: timm completes "timm/" with the name of our architecture, which is not on the Hub.
     """
     return {
         "num_classes": 1000,
@@ -378,112 +371,3 @@ def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
         if isinstance(checkpoint.get(key), dict):
             return checkpoint[key]
     return checkpoint
-
-
-# in-place activations, for `fuse`
-
-
-class InplaceGELU(nn.GELU):
-    """GELU that overwrites its input where nobody records or differentiates it, and is plain GELU elsewhere.
-
-    The hidden features of an MLP are a network's largest buffers: a second one for the activation costs page faults that were measured
-    as a quarter of SwiftFormer-S's time at batch 8 on a CPU. Only for an input that nothing else reads, as in `fc2(act(fc1(x)))`.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and not is_traced(x) and not x.requires_grad:
-            return torch.ops.aten.gelu_(x, approximate=self.approximate)
-        return nn.functional.gelu(x, approximate=self.approximate)
-
-
-def inplace_activation(act: nn.Module) -> nn.Module:
-    """The same activation in place where torch can (GELU, ReLU, SiLU, Hardswish); any other module comes back as it is."""
-    if isinstance(act, nn.GELU):
-        return InplaceGELU(act.approximate).train(act.training)
-    if isinstance(act, (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)):
-        act = copy.copy(act)
-        act.inplace = True
-    return act
-
-
-# folding: exact algebra in float64, results in the layer's own dtype; every function returns a new layer
-
-
-def batch_norm_affine(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(scale, shift), each (C,) float64, with norm(x) = scale * x + shift in eval mode."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"only a BatchNorm with running statistics can be folded, got {type(norm).__name__}")
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() * scale
-    if norm.affine:
-        scale, shift = scale * norm.weight.detach().double(), shift * norm.weight.detach().double()
-        shift = shift + norm.bias.detach().double()
-    return scale, shift
-
-
-def _with_weights(layer: LayerT, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> LayerT:
-    dtype, trainable = layer.weight.dtype, layer.weight.requires_grad
-    folded = copy.deepcopy(layer)
-    folded.weight = nn.Parameter(weight.to(dtype), requires_grad=trainable)
-    folded.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=trainable)  # type: ignore[assignment]
-    return folded
-
-
-def fold_output_affine(layer: LayerT, scale: torch.Tensor, shift: Optional[torch.Tensor] = None) -> LayerT:
-    """The layer whose output is scale * layer(x) + shift; for what FOLLOWS a layer: BatchNorm or layer scale. Always exact.
-
-    Args:
-        layer: Conv2d (any groups, stride, padding) or Linear.
-        scale: C_out values of any shape.
-        shift: C_out values of any shape, or None for zero.
-    """
-    scale = scale.detach().double().flatten()
-    weight = layer.weight.detach().double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
-    bias = None if layer.bias is None else layer.bias.detach().double() * scale
-    if shift is not None:
-        shift = shift.detach().double().flatten()
-        bias = shift if bias is None else bias + shift
-    return _with_weights(layer, weight, bias)
-
-
-def fold_input_affine(layer: LayerT, scale: torch.Tensor, shift: Optional[torch.Tensor] = None) -> LayerT:
-    """The layer whose output is layer(scale * x + shift); for what PRECEDES a layer.
-
-    Args:
-        layer: Conv2d (any groups) or Linear.
-        scale: C_in values of any shape.
-        shift: C_in values of any shape, or None for zero.
-
-    Raises:
-        ValueError: If there is a shift and the convolution pads: the zeros at the border would have to be shifted too.
-    """
-    scale = scale.detach().double().flatten()
-    weight = layer.weight.detach().double()
-    groups = 1
-    if isinstance(layer, nn.Conv2d):
-        groups = layer.groups
-        if shift is not None and layer.padding not in ((0, 0), "valid"):
-            raise ValueError(f"a shift before a padded convolution cannot be folded, got padding={layer.padding}")
-    kernel = [1] * (weight.ndim - 2)
-
-    def per_weight(value: torch.Tensor) -> torch.Tensor:
-        value = value.reshape(groups, 1, -1).expand(
-            groups, weight.shape[0] // groups, -1
-        )  # (groups, C_out / groups, C_in / groups)
-        return value.reshape(weight.shape[0], weight.shape[1], *kernel)
-
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    if shift is not None:
-        moved = (weight * per_weight(shift.detach().double().flatten())).flatten(1).sum(1)  # (C_out,)
-        bias = moved if bias is None else bias + moved
-    return _with_weights(layer, weight * per_weight(scale), bias)
-
-
-def fold_norm_after(layer: LayerT, norm: nn.Module) -> LayerT:
-    """norm(layer(x)) as one layer; an Identity leaves the layer as it is."""
-    return layer if isinstance(norm, nn.Identity) else fold_output_affine(layer, *batch_norm_affine(norm))
-
-
-def fold_norm_before(norm: nn.Module, layer: LayerT) -> LayerT:
-    """layer(norm(x)) as one layer; an Identity leaves the layer as it is. ValueError on a padded convolution."""
-    return layer if isinstance(norm, nn.Identity) else fold_input_affine(layer, *batch_norm_affine(norm))

@@ -1,4 +1,4 @@
-"""The isotropic vision transformer that every family of plain ViTs is: timm's, with a mixer per block, a stem for small images, and sizes.
+"""The isotropic vision transformer of all plain ViT families: timm's, with a mixer per block, a stem for small images, and sizes.
 
 DeiT's shapes: arXiv:2012.12877, https://github.com/facebookresearch/deit (Apache-2.0). timm's `VisionTransformer` (Apache-2.0) does the
 rest. Deliberate difference: the size `pico`, see `isotropic_vit`.
@@ -6,25 +6,31 @@ rest. Deliberate difference: the size `pico`, see `isotropic_vit`.
 Layout: tokens (B, N, C), prefix tokens first, then patches in row-major order.
 """
 
+import copy
+import sys
 from functools import partial
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, ClassVar, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 from timm.layers import LayerNorm2d, LayerScale, PatchEmbed, to_2tuple
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from ..attention import TokenMixer
-from ._base import fold_output_affine, imagenet_cfg
+from ._base import imagenet_cfg
+from ._fold import fold_output_affine
 from ._swap import SHARED, mixers_by_block, place_tokens
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ViTT = TypeVar("ViTT", bound="IsotropicViT")
 
 
 class ConvStem(nn.Sequential):
     """Two 3x3 convolutions of stride 2, LayerNorm over the channels and GELU between them: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4).
 
-    Not BatchNorm: a step must not depend on how its images are shared out over processes.
+    Not BatchNorm: a training step must not depend on how its images are distributed over processes.
     """
 
     def __init__(self, in_chans: int, dim: int, bias: bool = True, device=None, dtype=None) -> None:
@@ -111,35 +117,53 @@ def _block_with_own_mixer(
     return block_fn(attn_layer=classes.get(depth, attn_layer), depth=depth, **kwargs)
 
 
+def _take_over(module_cls: Type[ModuleT], module: nn.Module) -> ModuleT:
+    """A module of the given class with the parts (parameters, buffers, children, attributes) of another, instead of new ones."""
+    new = module_cls.__new__(module_cls)
+    new.__setstate__(dict(module.__dict__))
+    return new
+
+
 class IsotropicViT(VisionTransformer):
-    """timm's VisionTransformer whose mixers may differ from block to block and are told what they cannot see in a row of tokens.
+    """timm's VisionTransformer with mixers that may differ from block to block; it sets their grid and number of prefix tokens.
 
     Args:
         mixers: Mechanism in `TOKEN_MIXERS` -> list of the blocks that it mixes, negative indices from the end; the others have
             `attn_layer`.
         depth: Number of blocks.
-        block_fn: Builds a block.
+        block_fn: Builds a block; None for `block_cls`.
         kwargs: timm's.
 
     Raises:
         ValueError: For an unknown mechanism or block, one that is named twice, or no fixed grid where a mechanism needs it.
     """
 
+    block_cls: ClassVar[Type[Block]] = IsotropicBlock
+
     def __init__(
         self,
         *,
         mixers: Optional[Mapping[str, Sequence[int]]] = None,
         depth: int = 12,
-        block_fn: Callable[..., nn.Module] = IsotropicBlock,
+        block_fn: Optional[Callable[..., nn.Module]] = None,
         **kwargs: Any,
     ) -> None:
+        block_fn = block_fn or self.block_cls
         if mixers:
             block_fn = partial(_block_with_own_mixer, block_fn, mixers_by_block(mixers, depth))
         super().__init__(depth=depth, block_fn=block_fn, **kwargs)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_vit(cls: Type[ViTT], vit: VisionTransformer) -> ViTT:
+        """A model of this class with deep copies of a ViT's parts; its blocks become `block_cls`."""
+        model = _take_over(cls, copy.deepcopy(vit))
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = _take_over(cls.block_cls, block)
+        return model
+
     @torch.jit.ignore
     def place_tokens(self) -> None:
-        """Tells the mixers that ask for it how many tokens are prefix tokens and how the patches lie."""
+        """Sets the number of prefix tokens and the grid of patches in the mixers that need them."""
         place_tokens(self)
 
     def set_input_size(
@@ -153,8 +177,8 @@ class IsotropicViT(VisionTransformer):
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionTransformer) -> Dict[str, torch.Tensor]:
     """Official DeiT keys and those of every ViT checkpoint that timm reads -> ours; ours are unchanged.
 
-    What a plain ViT does not have (layer scale, a mixer's own temperature or convolution) and the checkpoint lacks in every block keeps
-    the model's initial values.
+    Parameters that a plain ViT does not have (layer scale, a mixer's own temperature or convolution) and that the checkpoint lacks in every
+    block keep the model's initial values.
     """
     converted = vit_checkpoint_filter_fn(state_dict, model, adapt_layer_scale=True)
     present = {key.split(".", 2)[-1] for key in converted if key.startswith("blocks.")}
@@ -187,12 +211,12 @@ SIZES: Dict[str, Dict[str, Any]] = {
 
 
 def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str, Dict[str, Any]]:
-    """What timm is told of a model of a size: its preprocessing, and DeiT's weights of that size if they belong to it.
+    """A model's entry in `default_cfgs`: its preprocessing, and the location of DeiT's weights of that size if they are the model's own.
 
     Args:
-        name: Of the model, without a tag.
+        name: Name of the model, without a tag.
         size: A key of `SIZES`.
-        deit_weights: DeiT's weights are the model's own (they load into the others as a file).
+        deit_weights: Whether DeiT's weights are the model's own (other models can load them from a file).
         paper: origin_url, paper_name, paper_ids.
     """
     overrides: Dict[str, Any] = {"first_conv": "patch_embed.proj", **paper}
@@ -205,26 +229,44 @@ def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str
     return {name: cfg}
 
 
-def build_vit(
-    variant: str,
-    pretrained: bool,
+def register_vit(
+    module: str,
+    name: str,
+    size: str,
+    mechanism: str,
     model_cls: Type[IsotropicViT] = IsotropicViT,
     filter_fn: Callable[..., Dict[str, torch.Tensor]] = checkpoint_filter_fn,
-    **kwargs: Any,
-) -> nn.Module:
-    """timm's factory for `model_cls`; its mixers are placed before weights are loaded."""
+    **own: Any,
+) -> None:
+    """Registers one model in timm, by a function in the family's module, where it is found and pickled.
+
+    Args:
+        module: The family's `__name__`.
+        name: Name of the model, without a tag.
+        size: A key of `SIZES`.
+        mechanism: The mixer, for the docstring.
+        model_cls: The network.
+        filter_fn: Checkpoint keys -> the model's.
+        own: Construction arguments besides the size's.
+    """
 
     def assemble(**model_kwargs: Any) -> IsotropicViT:
         model = model_cls(**model_kwargs)
-        model.place_tokens()
+        model.place_tokens()  # before weights are loaded
         return model
 
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        assemble,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        out_indices = kwargs.pop("out_indices", 3)
+        return build_model_with_cfg(
+            assemble,
+            name,
+            pretrained,
+            pretrained_filter_fn=filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **{**SIZES[size], **own, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = module
+    create.__doc__ = f"ViT-{size} with {mechanism}."
+    setattr(sys.modules[module], name, register_model(create))

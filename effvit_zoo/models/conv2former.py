@@ -24,16 +24,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention.conv_modulation import ConvModulation
-from ._base import (
-    HierarchicalBackbone,
-    Stage,
-    build,
-    fold_norm_before,
-    fold_output_affine,
-    imagenet_cfg,
-    inplace_activation,
-    unwrap_state_dict,
-)
+from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._fold import fold_norm_before, fold_output_affine, inplace_activation
 
 __all__ = ["Conv2Former"]
 

@@ -3,10 +3,10 @@
 "EdgeNeXt: Efficiently Amalgamated CNN-Transformer Architecture for Mobile Vision Applications", arXiv:2206.10589, CADL 2022.
 Official code: https://github.com/mmaaz60/EdgeNeXt @ 388450404f (MIT). Own code with timm's parameter names.
 
-Kept from the official code: the last of the split channel groups may be narrower and passes the convolutions by; SDTA adds nothing but the
+Kept from the official code: the last of the split channel groups may be narrower and bypasses the convolutions; SDTA adds nothing but the
 MLP's output to its input; the position encoding is in stage 2 alone and always float32; the bn_hs variants continue from the normalised
 map in SDTA, normalise before pooling, and of their convolutions only SDTA's have biases.
-Deliberate differences, none in value: the position encoding has no batch axis, and its sines and cosines are kept per image size.
+Deliberate differences, none in value: the position encoding has no batch axis, and its sines and cosines are cached per image size.
 
 Layout: feature maps (B, C, H, W), channels last in memory; MLPs see (B, H, W, C), attention (B, N, C) with N = H * W. Any image of
 at least 32 x 32 pixels.
@@ -30,26 +30,16 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ..attention._recording import is_eager, is_traced, remember
 from ..attention.cross_covariance import CrossCovarianceAttention
-from ._base import (
-    HierarchicalBackbone,
-    Stage,
-    batch_norm_affine,
-    build,
-    fold_norm_after,
-    fold_norm_before,
-    fold_output_affine,
-    imagenet_cfg,
-    inplace_activation,
-    is_traced,
-    unwrap_state_dict,
-)
+from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._fold import batch_norm_affine, fold_norm_after, fold_norm_before, fold_output_affine, inplace_activation
 
 __all__ = ["EdgeNeXt"]
 
-# Hidden features of an MLP that are computed at a time per thread, 3 MB in float32. Larger buffers come fresh from the system in every call
-# and do not stay in the cache: a batch of 8 cost the small model 28,000 page faults on one core, none in pieces, at 0.7 of the time.
-PIECE_ELEMENTS = 3 * 2**18
+# Hidden features of an MLP per chunk and thread, 3 MB in float32. Larger buffers are allocated anew by the system in every call and do
+# not stay in the cache: a batch of 8 cost the small model 28,000 page faults on one core, none in chunks, at 0.7 of the time.
+HIDDEN_ELEMENTS = 3 * 2**18
 
 
 def _norm(dim: int, bn_hs: bool, device=None, dtype=None) -> nn.Module:
@@ -63,7 +53,7 @@ def fourier_features(x: torch.Tensor, wavelengths: List[float]) -> torch.Tensor:
     """Sines and cosines of every pixel's position, which runs from above 0 to 2 pi along either axis. One node for fx.
 
     Args:
-        x: Feature map that lends its size and device, (B, C, H, W).
+        x: Feature map, of which size and device matter, (B, C, H, W).
         wavelengths: Divisors of the position, K of them.
 
     Returns:
@@ -80,18 +70,15 @@ def fourier_features(x: torch.Tensor, wavelengths: List[float]) -> torch.Tensor:
     return torch.cat((rows, columns), 2)
 
 
-@functools.lru_cache(maxsize=16)
-def _kept_features(height: int, width: int, wavelengths: Tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # ordinary tensors even if the first caller is in inference mode: the next one may be training
-    with torch.inference_mode(False), torch.no_grad():
-        return fourier_features(torch.empty(1, 1, height, width, device=device), list(wavelengths))
+def _features_of_size(height: int, width: int, wavelengths: Tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return fourier_features(torch.empty(1, 1, height, width, device=device), list(wavelengths))
 
 
 class PositionalEncodingFourier(nn.Module):
     """Fourier features of the pixels' positions, mapped to the network's width: (B, C, H, W) -> (H, W, C).
 
-    The input lends its size and device only. Features are float32 whatever the model's dtype; they depend on nothing that is trained or
-    saved, and are kept per size for the whole process.
+    Only the input's size and device matter. Features are float32 whatever the model's dtype; they follow from the size alone and are cached
+    for the whole process.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 32, temperature: float = 10000.0, device=None, dtype=None) -> None:
@@ -110,10 +97,10 @@ class PositionalEncodingFourier(nn.Module):
 
     @torch.jit.ignore
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        # under a tracer, kept features would be constants of one size, or fakes that outlive it
-        if is_traced(x) or type(x) is not torch.Tensor:
+        """Fourier features of the map's size, (H, W, 2 * hidden_dim); under a tracer as operations on x, so that sizes stay symbols."""
+        if not is_eager(x):
             return fourier_features(x, self.wavelengths)
-        return _kept_features(x.shape[2], x.shape[3], tuple(self.wavelengths), x.device)
+        return remember(_features_of_size, x, x.shape[2], x.shape[3], tuple(self.wavelengths))
 
 
 class Mlp(nn.Module):
@@ -130,12 +117,12 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
     def fuse(self) -> nn.Module:
-        """The same layers in a form that goes through the tokens piece by piece."""
-        return PiecewiseMlp(self)
+        """The same layers, applied to chunks of tokens."""
+        return ChunkedMlp(self)
 
 
-class PiecewiseMlp(nn.Module):
-    """An `Mlp` whose hidden features stay in the cache: in eager CPU inference it handles some tokens at a time, in place."""
+class ChunkedMlp(nn.Module):
+    """An `Mlp` whose hidden features stay in the cache: eager CPU inference computes them for a chunk of tokens at a time, in place."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
@@ -145,25 +132,25 @@ class PiecewiseMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and not is_traced(x) and not torch.is_grad_enabled() and x.device.type == "cpu":
-            return self.forward_pieces(x)
+            return self.forward_chunks(x)
         return self.fc2(self.act(self.fc1(x)))
 
     @torch.jit.ignore
-    def forward_pieces(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_chunks(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         N = tokens.shape[0]
-        pieces = math.ceil(N * self.hidden_dim / (PIECE_ELEMENTS * torch.get_num_threads()))
-        if pieces <= 1:
+        chunks = math.ceil(N * self.hidden_dim / (HIDDEN_ELEMENTS * torch.get_num_threads()))
+        if chunks <= 1:
             return self.fc2(self.act(self.fc1(x)))
         out = torch.empty_like(tokens)
-        size = math.ceil(N / pieces)
-        for piece, target in zip(tokens.split(size), out.split(size), strict=True):
-            target.copy_(self.fc2(self.act(self.fc1(piece))))
+        size = math.ceil(N / chunks)
+        for chunk, target in zip(tokens.split(size), out.split(size), strict=True):
+            target.copy_(self.fc2(self.act(self.fc1(chunk))))
         return out.view(x.shape)
 
 
 class ChannelAffine(nn.Module):
-    """weight * x + bias per channel: what is left of a BatchNorm that no convolution can take in. (B, C, H, W) -> (B, C, H, W)."""
+    """weight * x + bias per channel: a BatchNorm in eval mode that no convolution can absorb. (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -176,7 +163,7 @@ class ChannelAffine(nn.Module):
 
 
 class MlpBranch(nn.Module):
-    """What both blocks end with: norm, MLP, layer scale `gamma`, stochastic depth."""
+    """The last branch of both blocks: norm, MLP, layer scale `gamma`, stochastic depth."""
 
     def __init__(
         self,
@@ -243,7 +230,7 @@ class ConvBlock(MlpBranch):
 
 
 class SplitTransposeBlock(MlpBranch):
-    """SDTA: chained depthwise convolutions over groups of channels, cross-covariance attention, MLP; the MLP alone is added to the input.
+    """SDTA: chained depthwise convolutions over groups of channels, cross-covariance attention, MLP; the residual adds the MLP's output.
 
     Args:
         dim: C.
@@ -297,7 +284,7 @@ class SplitTransposeBlock(MlpBranch):
         return shortcut + self.branch(x + self.attend(self.norm_xca(x) if self.norm_first else x))
 
     def mix_scales(self, x: torch.Tensor) -> torch.Tensor:
-        """Every group but the last is convolved together with the result of the group before it, (B, C, H, W) -> (B, C, H, W)."""
+        """Every group but the last is convolved after adding the result of the group before it, (B, C, H, W) -> (B, C, H, W)."""
         groups = x.split(self.widths, 1)
         mixed: List[torch.Tensor] = []
         y = groups[0]
@@ -320,7 +307,7 @@ class SplitTransposeBlock(MlpBranch):
     def fuse(self) -> "SplitTransposeBlock":
         """Folds the MLP's BatchNorm and both layer scales into the linear layers next to them.
 
-        The other BatchNorm stays as an affine map: the chained convolutions before it are read by one another as well.
+        The other BatchNorm stays as an affine map, because the chained convolutions before it also feed each other.
         """
         if isinstance(self.norm, nn.BatchNorm2d):
             self.mlp.fc1 = fold_norm_before(self.norm, self.mlp.fc1)
@@ -351,7 +338,7 @@ class Stem(nn.Sequential):
         for layer in self:
             x = layer(x)
         if not torch.jit.is_scripting() and not is_traced(x):
-            x = x.contiguous(memory_format=torch.channels_last)  # LayerNorm leaves it so, and every MLP wants it
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout that LayerNorm keeps and every MLP reads
         return x
 
     def fuse(self) -> "Stem":
@@ -384,10 +371,10 @@ class EdgeNeXt(HierarchicalBackbone):
         depths: Blocks per stage.
         dims: Channels per stage.
         heads: Attention heads per stage.
-        global_block_counts: How many of a stage's last blocks are `SplitTransposeBlock`; the others are `ConvBlock`.
+        global_block_counts: Number of `SplitTransposeBlock` at the end of each stage; the others are `ConvBlock`.
         kernel_sizes: Depthwise kernel of the convolutional blocks per stage, odd.
         d2_scales: Groups of channels in the SDTA blocks per stage.
-        use_pos_emb: Whether the SDTA blocks encode positions, per stage.
+        use_pos_emb: Per stage, whether the SDTA blocks encode positions.
         expand_ratio: Hidden over outer channels of the MLPs.
         ls_init_value: Initial layer scale; 0 for none.
         bn_hs: The paper's variant with BatchNorm and Hardswish in place of LayerNorm and GELU.
@@ -398,7 +385,7 @@ class EdgeNeXt(HierarchicalBackbone):
         drop_path_rate: Stochastic depth rate of the last block, growing linearly from 0 at the first.
 
     Raises:
-        ValueError: On another `global_pool`, an even kernel, or channels that heads or groups do not fit.
+        ValueError: On another `global_pool`, an even kernel, or channels that heads or groups do not divide.
     """
 
     pool_types: ClassVar[Tuple[str, ...]] = ("", "avg", "max", "avgmax")

@@ -23,8 +23,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention.multiscale_linear import MultiScaleLinearAttention
-from ..errors import unknown_choice
-from ._base import HierarchicalBackbone, Stage, build, fold_norm_after, imagenet_cfg, unwrap_state_dict
+from ..errors import unknown_choice_text
+from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._fold import fold_norm_after
 
 __all__ = ["EfficientViT"]
 
@@ -373,7 +374,7 @@ class EfficientViT(HierarchicalBackbone):
         super().__init__(num_classes, in_chans, global_pool)
         dd = {"device": device, "dtype": dtype}
         if series not in SERIES:
-            raise unknown_choice("EfficientViT series", series, list(SERIES))
+            raise ValueError(unknown_choice_text("EfficientViT series", series, list(SERIES)))
         plan = SERIES[series]
         common = {"norm_eps": plan.norm_eps, "act": plan.act, **dd}
 
@@ -435,50 +436,44 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return renamed
 
 
-def _cfg(variant: str, size: int, timm_hosted: bool = True, **overrides: Any) -> Dict[str, Any]:
+def _cfg(variant: str, size: int) -> Dict[str, Any]:
     """ImageNet-1k weights of one size, from timm's copy on the Hub or else from the authors'."""
     name = f"efficientvit_{variant}"
-    source = {"hf_hub_id": f"timm/{name}.r{size}_in1k"}
-    if not timm_hosted:
-        source = {"url": f"https://huggingface.co/han-cai/efficientvit-cls/resolve/main/{name}_r{size}.pt"}
+    overrides: Dict[str, Any] = {"hf_hub_id": f"timm/{name}.r{size}_in1k"}
+    if (variant, size) in (("l2", 320), ("l3", 288)):
+        overrides = {"url": f"https://huggingface.co/han-cai/efficientvit-cls/resolve/main/{name}_r{size}.pt"}
+    if variant == "b0":
+        overrides["notes"] = ("registered officially, but without published accuracy or link",)
     return imagenet_cfg(
         input_size=(3, size, size),
         pool_size=(size // 32, size // 32),
+        crop_pct=0.95 if variant.startswith("b") and size == 224 else 1.0,
         first_conv="stem.in_conv.conv",
         classifier="head.classifier.4",
         license="apache-2.0",
         origin_url="https://github.com/mit-han-lab/efficientvit",
         paper_name="EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction",
         paper_ids="arXiv:2205.14756",
-        **{"crop_pct": 1.0, **source, **overrides},
+        **overrides,
     )
 
 
+# image sizes that there are weights for
+RESOLUTIONS = {
+    "b0": (224,),
+    "b1": (224, 256, 288),
+    "b2": (224, 256, 288),
+    "b3": (224, 256, 288),
+    "l1": (224,),
+    "l2": (224, 256, 288, 320, 384),
+    "l3": (224, 256, 288, 320, 384),
+}
+
 default_cfgs = generate_default_cfgs(
     {
-        "effzoo_efficientvit_b0.r224_in1k": _cfg(
-            "b0", 224, crop_pct=0.95, notes=("registered officially, but without published accuracy or link",)
-        ),
-        "effzoo_efficientvit_b1.r224_in1k": _cfg("b1", 224, crop_pct=0.95),
-        "effzoo_efficientvit_b1.r256_in1k": _cfg("b1", 256),
-        "effzoo_efficientvit_b1.r288_in1k": _cfg("b1", 288),
-        "effzoo_efficientvit_b2.r224_in1k": _cfg("b2", 224, crop_pct=0.95),
-        "effzoo_efficientvit_b2.r256_in1k": _cfg("b2", 256),
-        "effzoo_efficientvit_b2.r288_in1k": _cfg("b2", 288),
-        "effzoo_efficientvit_b3.r224_in1k": _cfg("b3", 224, crop_pct=0.95),
-        "effzoo_efficientvit_b3.r256_in1k": _cfg("b3", 256),
-        "effzoo_efficientvit_b3.r288_in1k": _cfg("b3", 288),
-        "effzoo_efficientvit_l1.r224_in1k": _cfg("l1", 224),
-        "effzoo_efficientvit_l2.r224_in1k": _cfg("l2", 224),
-        "effzoo_efficientvit_l2.r256_in1k": _cfg("l2", 256),
-        "effzoo_efficientvit_l2.r288_in1k": _cfg("l2", 288),
-        "effzoo_efficientvit_l2.r320_in1k": _cfg("l2", 320, timm_hosted=False),
-        "effzoo_efficientvit_l2.r384_in1k": _cfg("l2", 384),
-        "effzoo_efficientvit_l3.r224_in1k": _cfg("l3", 224),
-        "effzoo_efficientvit_l3.r256_in1k": _cfg("l3", 256),
-        "effzoo_efficientvit_l3.r288_in1k": _cfg("l3", 288, timm_hosted=False),
-        "effzoo_efficientvit_l3.r320_in1k": _cfg("l3", 320),
-        "effzoo_efficientvit_l3.r384_in1k": _cfg("l3", 384),
+        f"effzoo_efficientvit_{variant}.r{size}_in1k": _cfg(variant, size)
+        for variant, sizes in RESOLUTIONS.items()
+        for size in sizes
     }
 )
 

@@ -3,7 +3,7 @@
 "SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications", arXiv:2303.15446, ICCV 2023.
 Official code: https://github.com/Amshaker/SwiftFormer @ 4aa6cd6752 (Apache-2.0). Own code with timm's parameter names.
 
-Kept from the official code: two classifiers (the second learns from the teacher), whose mean is the answer outside distillation;
+Kept from the official code: two classifiers (the second learns from the teacher), whose mean is the output outside distillation;
 BatchNorm before pooling; biases in front of BatchNorm. Like timm and unlike the official code, stochastic depth also acts in the
 convolutional encoders (the official stage forgets to pass it on); this changes training only. The crop for evaluation is timm's 0.95;
 the official pipeline has 0.875.
@@ -20,17 +20,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention.additive import EfficientAdditiveAttention
-from ._base import (
-    HierarchicalBackbone,
-    Stage,
-    build,
-    fold_norm_after,
-    fold_norm_before,
-    fold_output_affine,
-    imagenet_cfg,
-    inplace_activation,
-    unwrap_state_dict,
-)
+from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._fold import fold_norm_after, fold_norm_before, fold_output_affine, inplace_activation
 
 __all__ = ["SwiftFormer"]
 
@@ -183,28 +174,30 @@ def _fold_layer_scale(layer: Any, layer_scale: nn.Module) -> Tuple[Any, nn.Modul
 
 
 class DistillationHead(nn.Linear):
-    """The classifier that learns from the teacher. It knows the first one, because outside distillation the two act as one.
+    """The classifier that learns from the teacher. It refers to the first one, because outside distillation the two act as one.
 
-    Raises:
-        ValueError: By `fuse`, if the first classifier is no longer of the same shape.
+    Attributes:
+        first: The model's `head` in a tuple, so that it does not become this module's child; `SwiftFormer` updates it with `head`.
     """
 
-    def __init__(self, head: nn.Linear, device=None, dtype=None) -> None:
-        super().__init__(head.in_features, head.out_features, device=device, dtype=dtype)
-        self._first = (head,)  # in a tuple: the first classifier is the model's child, not this module's
+    first: Tuple[nn.Module, ...] = ()
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Makes the first classifier the mean of both; None is left in this one's place."""
-        (head,) = self._first
-        if head.weight.shape != self.weight.shape:
-            raise ValueError(f"classifiers differ: {tuple(head.weight.shape)} and {tuple(self.weight.shape)}")
+        """Makes the first classifier the mean of both; timm's fusion puts the result, None, in this one's place.
+
+        Raises:
+            ValueError: If the first classifier is not a linear layer of the same shape.
+        """
+        (head,) = self.first
+        if not isinstance(head, nn.Linear) or head.bias is None or head.weight.shape != self.weight.shape:
+            raise ValueError(f"classifiers differ: expected a head like {self}, got {head}")
         for first, second in ((head.weight, self.weight), (head.bias, self.bias)):
             first.copy_((first.double() + second.double()) / 2)
 
 
 class SwiftFormer(HierarchicalBackbone):
-    """SwiftFormer. Fused, it keeps the last BatchNorm, because `forward_features` is what comes out of it.
+    """SwiftFormer. Fused, it keeps the last BatchNorm, whose output is that of `forward_features`.
 
     Args:
         depths: Blocks per stage; the last of each is a `SwiftFormerEncoder`, the others are `ConvEncoder`.
@@ -256,7 +249,7 @@ class SwiftFormer(HierarchicalBackbone):
         self.stages = nn.Sequential(*stages)
         self.norm = nn.BatchNorm2d(embed_dims[-1], **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head, self.head_dist = _classifiers(embed_dims[-1], num_classes, **dd)
+        self._set_classifiers(embed_dims[-1], num_classes, **dd)
         self.finish(embed_dims)
 
     @torch.jit.ignore
@@ -270,9 +263,21 @@ class SwiftFormer(HierarchicalBackbone):
         if global_pool is not None:
             self.global_pool = self.check_pool(global_pool)
         self.num_classes = num_classes
-        self.head, self.head_dist = _classifiers(self.num_features, num_classes, **get_device_dtype(self))
+        self._set_classifiers(self.num_features, num_classes, **get_device_dtype(self))
         self.head.train(self.training)
         self.head_dist.train(self.training)
+
+    @torch.jit.ignore
+    def _set_classifiers(self, dim: int, num_classes: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        self.head = nn.Linear(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head_dist = DistillationHead(dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refers the distillation classifier to the present `head`, also after a user has replaced it."""
+        super().__setattr__(name, value)
+        if name in ("head", "head_dist") and isinstance(self._modules.get("head_dist"), DistillationHead):
+            self.head_dist.first = (self.head,)
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -293,13 +298,6 @@ class SwiftFormer(HierarchicalBackbone):
         if self.distilled_training and self.training and not torch.jit.is_scripting():
             return logits, logits_dist  # type: ignore[return-value]
         return (logits + logits_dist) / 2
-
-
-def _classifiers(dim: int, num_classes: int, device=None, dtype=None) -> Tuple[nn.Module, nn.Module]:
-    if num_classes == 0:
-        return nn.Identity(), nn.Identity()
-    head = nn.Linear(dim, num_classes, device=device, dtype=dtype)
-    return head, DistillationHead(head, device=device, dtype=dtype)
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -340,32 +338,29 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(
-    variant: str, pretrained: bool, depths: Sequence[int], embed_dims: Sequence[int], kwargs: Dict[str, Any]
-) -> SwiftFormer:
-    sizes = {"depths": depths, "embed_dims": embed_dims}
+def _create(variant: str, pretrained: bool, kwargs: Dict[str, Any], **sizes: Sequence[int]) -> SwiftFormer:
     return build(SwiftFormer, variant, pretrained, checkpoint_filter_fn, sizes, **kwargs)
 
 
 @register_model
 def effzoo_swiftformer_xs(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
     """3.5M parameters, 0.6 GMACs at 224; ImageNet-1k top-1 75.7 in the paper."""
-    return _create("effzoo_swiftformer_xs", pretrained, (3, 3, 6, 4), (48, 56, 112, 220), kwargs)
+    return _create("effzoo_swiftformer_xs", pretrained, kwargs, depths=(3, 3, 6, 4), embed_dims=(48, 56, 112, 220))
 
 
 @register_model
 def effzoo_swiftformer_s(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
     """6.1M parameters, 1.0 GMACs at 224; ImageNet-1k top-1 78.5 in the paper."""
-    return _create("effzoo_swiftformer_s", pretrained, (3, 3, 9, 6), (48, 64, 168, 224), kwargs)
+    return _create("effzoo_swiftformer_s", pretrained, kwargs, depths=(3, 3, 9, 6), embed_dims=(48, 64, 168, 224))
 
 
 @register_model
 def effzoo_swiftformer_l1(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
     """12.1M parameters, 1.6 GMACs at 224; ImageNet-1k top-1 80.9 in the paper."""
-    return _create("effzoo_swiftformer_l1", pretrained, (4, 3, 10, 5), (48, 96, 192, 384), kwargs)
+    return _create("effzoo_swiftformer_l1", pretrained, kwargs, depths=(4, 3, 10, 5), embed_dims=(48, 96, 192, 384))
 
 
 @register_model
 def effzoo_swiftformer_l3(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
     """28.5M parameters, 4.0 GMACs at 224; ImageNet-1k top-1 83.0 in the paper."""
-    return _create("effzoo_swiftformer_l3", pretrained, (4, 4, 12, 6), (64, 128, 320, 512), kwargs)
+    return _create("effzoo_swiftformer_l3", pretrained, kwargs, depths=(4, 4, 12, 6), embed_dims=(64, 128, 320, 512))

@@ -32,18 +32,16 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from ..attention.window import WindowAttention, crop_bias, remember, window_kinds, window_rows
-from ..errors import UserError
-from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, is_traced, unwrap_state_dict
+from ..attention._recording import is_eager_inference, is_traced, remember
+from ..attention.window import WindowAttention, crop_bias, window_kinds, window_rows
+from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
 
 __all__ = ["SwinTransformer"]
 
 Size = Tuple[int, int]
 Windows = Union[int, Sequence[int], Sequence[Sequence[int]]]
 
-CHUNK_TOKENS = (
-    1024  # per thread: what a fused stage takes through a block at a time, so that hidden layers stay in the cache
-)
+CHUNK_TOKENS = 1024  # tokens per thread that a fused stage computes at a time, so that hidden layers stay in the cache
 
 
 class PatchMerging(nn.Module):
@@ -143,8 +141,7 @@ def _add_linear(x: torch.Tensor, y: torch.Tensor, layer: nn.Module) -> torch.Ten
 
 @torch.jit.ignore
 def _is_plain_inference(x: torch.Tensor) -> bool:
-    plain = type(x) is torch.Tensor and not is_traced(x)
-    return plain and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return is_eager_inference(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 class SwinStage(Stage):
@@ -209,7 +206,7 @@ def stage_windows(window_size: Windows, num_stages: int) -> List[Size]:
         sizes = list(window_size)
     pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in sizes]
     if len(pairs) != num_stages or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
-        raise UserError(
+        raise ValueError(
             f"window_size must be positive: a number, (height, width) or {num_stages} of these, got {window_size}"
         )
     return pairs
@@ -364,7 +361,7 @@ class SwinTransformer(HierarchicalBackbone):
         """ValueError if the image is smaller than a patch, or of another size than the only one allowed. Silent under any tracer."""
         super().check_input(x)
         if not self.dynamic_img_size and not is_traced(x) and tuple(x.shape[-2:]) != self.img_size:
-            raise UserError(f"dynamic_img_size=False allows images of {self.img_size} only, got {tuple(x.shape[-2:])}")
+            raise ValueError(f"dynamic_img_size=False allows images of {self.img_size} only, got {tuple(x.shape[-2:])}")
 
     def forward_stages(self, x: torch.Tensor, take: List[int], last: int) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         x = self.patch_embed(x)
@@ -385,7 +382,7 @@ class SwinTransformer(HierarchicalBackbone):
 def _image_size(img_size: Union[int, Sequence[int]], patch_size: int) -> Size:
     height, width = to_2tuple(img_size)
     if min(height, width) < patch_size:
-        raise UserError(f"img_size must be at least the patch size {patch_size}, got {img_size}")
+        raise ValueError(f"img_size must be at least the patch size {patch_size}, got {img_size}")
     return height, width
 
 
@@ -436,57 +433,28 @@ def _cfg(**overrides: Any) -> Dict[str, Any]:
     )
 
 
-def _cfg_384(**overrides: Any) -> Dict[str, Any]:
-    return _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, **overrides)
+def _hub_cfg(name: str, tag: str) -> Dict[str, Any]:
+    """Weights hosted by timm, with its crop of 0.9 (the official pipeline has 0.875 at 224 and squashes images to 384)."""
+    overrides: Dict[str, Any] = {"hf_hub_id": f"timm/{name}.{tag}"}
+    if name.endswith("_384"):
+        overrides |= {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
+    return _cfg(**overrides, **({"num_classes": 21841} if tag == "ms_in22k" else {}))
 
 
-# Weights hosted by timm, with its crop of 0.9 (the official pipeline has 0.875 at 224 and squashes images to 384).
 # ms_in1k: ImageNet-1k; ms_in22k: ImageNet-22k, 21,841 classes; ms_in22k_ft_in1k: the latter fine-tuned on ImageNet-1k.
 # The first tag of an architecture is its default: the better one on ImageNet-1k.
+TAGS = {
+    "swin_tiny_patch4_window7_224": ("ms_in1k", "ms_in22k_ft_in1k", "ms_in22k"),
+    "swin_small_patch4_window7_224": ("ms_in22k_ft_in1k", "ms_in1k", "ms_in22k"),
+    "swin_base_patch4_window7_224": ("ms_in22k_ft_in1k", "ms_in1k", "ms_in22k"),
+    "swin_base_patch4_window12_384": ("ms_in22k_ft_in1k", "ms_in1k", "ms_in22k"),
+    "swin_large_patch4_window7_224": ("ms_in22k_ft_in1k", "ms_in22k"),
+    "swin_large_patch4_window12_384": ("ms_in22k_ft_in1k", "ms_in22k"),
+}
+
 default_cfgs = generate_default_cfgs(
     {
-        "effzoo_swin_tiny_patch4_window7_224.ms_in1k": _cfg(hf_hub_id="timm/swin_tiny_patch4_window7_224.ms_in1k"),
-        "effzoo_swin_tiny_patch4_window7_224.ms_in22k_ft_in1k": _cfg(
-            hf_hub_id="timm/swin_tiny_patch4_window7_224.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_tiny_patch4_window7_224.ms_in22k": _cfg(
-            hf_hub_id="timm/swin_tiny_patch4_window7_224.ms_in22k", num_classes=21841
-        ),
-        "effzoo_swin_small_patch4_window7_224.ms_in22k_ft_in1k": _cfg(
-            hf_hub_id="timm/swin_small_patch4_window7_224.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_small_patch4_window7_224.ms_in1k": _cfg(hf_hub_id="timm/swin_small_patch4_window7_224.ms_in1k"),
-        "effzoo_swin_small_patch4_window7_224.ms_in22k": _cfg(
-            hf_hub_id="timm/swin_small_patch4_window7_224.ms_in22k", num_classes=21841
-        ),
-        "effzoo_swin_base_patch4_window7_224.ms_in22k_ft_in1k": _cfg(
-            hf_hub_id="timm/swin_base_patch4_window7_224.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_base_patch4_window7_224.ms_in1k": _cfg(hf_hub_id="timm/swin_base_patch4_window7_224.ms_in1k"),
-        "effzoo_swin_base_patch4_window7_224.ms_in22k": _cfg(
-            hf_hub_id="timm/swin_base_patch4_window7_224.ms_in22k", num_classes=21841
-        ),
-        "effzoo_swin_base_patch4_window12_384.ms_in22k_ft_in1k": _cfg_384(
-            hf_hub_id="timm/swin_base_patch4_window12_384.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_base_patch4_window12_384.ms_in1k": _cfg_384(
-            hf_hub_id="timm/swin_base_patch4_window12_384.ms_in1k"
-        ),
-        "effzoo_swin_base_patch4_window12_384.ms_in22k": _cfg_384(
-            hf_hub_id="timm/swin_base_patch4_window12_384.ms_in22k", num_classes=21841
-        ),
-        "effzoo_swin_large_patch4_window7_224.ms_in22k_ft_in1k": _cfg(
-            hf_hub_id="timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_large_patch4_window7_224.ms_in22k": _cfg(
-            hf_hub_id="timm/swin_large_patch4_window7_224.ms_in22k", num_classes=21841
-        ),
-        "effzoo_swin_large_patch4_window12_384.ms_in22k_ft_in1k": _cfg_384(
-            hf_hub_id="timm/swin_large_patch4_window12_384.ms_in22k_ft_in1k"
-        ),
-        "effzoo_swin_large_patch4_window12_384.ms_in22k": _cfg_384(
-            hf_hub_id="timm/swin_large_patch4_window12_384.ms_in22k", num_classes=21841
-        ),
+        **{f"effzoo_{name}.{tag}": _hub_cfg(name, tag) for name, tags in TAGS.items() for tag in tags},
         # not in timm
         "effzoo_swin_tiny_c24_patch4_window8_256.ms_in1k": _cfg(
             url="https://github.com/SwinTransformer/storage/releases/download/v1.0.5/swin_tiny_c24_patch4_window8_256.pth",

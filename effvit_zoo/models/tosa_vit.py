@@ -1,25 +1,23 @@
-"""ToSA-ViT: a ViT in which every second layer is entered only by the tokens that the layer before it has selected.
+"""ToSA-ViT: every second layer processes only the tokens selected by the preceding layer; the rest bypass it.
 
 "ToSA: Token Selective Attention for Efficient Vision Transformers", arXiv:2406.08816. No official code; `attention.token_select` says what
 the paper states and what was decided. DeiT's shapes (arXiv:2012.12877, https://github.com/facebookresearch/deit, Apache-2.0) on timm's
-`VisionTransformer` (Apache-2.0): the parameters are a ViT's and the selectors', so every ViT checkpoint loads and leaves the selectors as
-they were initialised. All tokens are there behind every layer, which dense prediction needs.
+`VisionTransformer` (Apache-2.0): the parameters are those of a ViT and of the selectors, so every ViT checkpoint loads and leaves the
+selectors at their initial values. Every layer returns all tokens, as dense prediction needs.
 
-Layers 0, 2, 4, ... are standard, 1, 3, 5, ... token-selective; of an odd number the last is standard. At an attention ratio of 1 there are
-no selectors to be asked, and the model is the dense one bit for bit; at 0 only class and register tokens enter the ToSA layers.
+Layers 0, 2, 4, ... are standard, 1, 3, 5, ... token-selective; if their number is odd, the last is standard. At an attention ratio of 1
+no selector is evaluated, and the model is the dense one bit for bit; at 0 only class and register tokens enter the ToSA layers.
 
 Layout: tokens (B, L, C), prefix tokens first, then patches in row-major order.
 """
 
 import copy
-import re
-from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, register_notrace_function
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
@@ -36,26 +34,25 @@ from ..attention.token_select import (
     scatter_tokens,
     select_tokens,
 )
-from ..errors import UserError
 from ._swap import swap_attention
-from ._vit import SIZES, IsotropicBlock, IsotropicViT, build_vit, vit_cfgs
+from ._vit import SIZES, IsotropicBlock, IsotropicViT, register_vit, vit_cfgs
 from ._vit import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-__all__ = ["ToSAViT", "to_dense", "to_tosa"]
+__all__ = ["AtRatio", "SelectorLosses", "ToSAViT", "to_dense", "to_tosa"]
 
 
 class ToSABlock(IsotropicBlock):
-    """A ViT's block that can also give the scores of its attention, or take some of the tokens through."""
+    """A ViT's block that can also return the scores of its attention, or process some of the tokens only."""
 
     def forward_tokens(
         self, x: torch.Tensor, index: Optional[torch.Tensor], stride: int, num_prefix_tokens: int
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Takes tokens through the block.
+        """Applies the block.
 
         Args:
             x: All tokens, (B, L, C).
-            index: Which of them enter the block, (B, M), while the others stay as they are; None for all.
-            stride: 0, or the scores of every `stride`-th query are wanted.
+            index: Indices of those that enter the block, (B, M), while the others bypass it; None for all.
+            stride: Return the scores of every `stride`-th query; 0 for none.
             num_prefix_tokens: Class and register tokens at the front.
 
         Returns:
@@ -75,10 +72,10 @@ class ToSABlock(IsotropicBlock):
 
 
 class NoSelector(nn.Module):
-    """Stands where a block has no ToSA layer after it."""
+    """Placeholder for a block without a ToSA layer after it."""
 
     def importance(self, maps: torch.Tensor) -> torch.Tensor:
-        """Never asked; scripting wants the method."""
+        """Never called; TorchScript needs the method."""
         return maps
 
 
@@ -89,13 +86,15 @@ class ToSAViT(IsotropicViT):
         attention_ratio: Share of the patches that enter a ToSA layer, from 0 (class and register tokens alone) to 1 (all: the dense model).
         selector_kernel: Kernel of the selectors' convolutions, odd.
         selector_hidden_ratio: Channels between a selector's convolutions over heads.
-        selector_stride: The selectors read every so many queries; 1 for the paper's full map. The default triple 3, 4, 8 selects best,
+        selector_stride: The selectors read every N-th query; 1 for the paper's full map. The default triple 3, 4, 8 selects best,
             1, 1, 4 is the fastest.
-        kwargs: timm's, and `mixers` of no use here: the attention is softmax.
+        kwargs: timm's; `mixers` is refused, as the attention must be softmax.
 
     Raises:
         ValueError: For a ratio outside [0, 1], an impossible selector, or attention of another kind.
     """
+
+    block_cls: ClassVar[Type[Block]] = ToSABlock
 
     def __init__(
         self,
@@ -106,24 +105,59 @@ class ToSAViT(IsotropicViT):
         selector_stride: int = 8,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**{"block_fn": ToSABlock, "attn_layer": SoftmaxAttention, **kwargs})
+        super().__init__(**{"attn_layer": SoftmaxAttention, **kwargs})
         dd = {key: kwargs.get(key) for key in ("device", "dtype")}
-        self.add_selectors(attention_ratio, selector_kernel, selector_hidden_ratio, selector_stride, **dd)
+        self._add_selectors(attention_ratio, selector_kernel, selector_hidden_ratio, selector_stride, **dd)
+
+    @classmethod
+    def from_vit(
+        cls,
+        vit: VisionTransformer,
+        attention_ratio: float = 0.5,
+        selector_kernel: int = 3,
+        selector_hidden_ratio: int = 4,
+        selector_stride: int = 8,
+    ) -> "ToSAViT":
+        """A copy of a ViT as a ToSA-ViT: same weights and new selectors, which have to be trained. Exported as `to_tosa`.
+
+        Works on timm's plain ViTs (DeiT, AugReg, DINOv2 with registers and layer scale, CLIP-like ones with a norm before the blocks,
+        with class token or average pooling) and on `effzoo_vit_*`. A copy of the latter, or of timm's DeiT of the same shape, can be saved
+        as the `effzoo_tosa_vit_*` of its size.
+
+        Args:
+            vit: The model, which is not changed.
+            attention_ratio: This and the other arguments are the constructor's.
+
+        Raises:
+            ValueError: For another kind of model, block or attention, or arguments that the constructor refuses.
+        """
+        if type(vit) not in _PLAIN_VITS:
+            raise ValueError(f"expected a plain timm VisionTransformer, got {type(vit).__name__}")
+        odd = next((block for block in vit.blocks if type(block) not in _PLAIN_BLOCKS), None)
+        if odd is not None:
+            raise ValueError(f"expected a VisionTransformer of timm's plain blocks, got {type(odd).__name__}")
+        if not all(type(block.attn) in (Attention, SoftmaxAttention) for block in vit.blocks):
+            raise ValueError("expected a VisionTransformer with softmax attention in every block")
+        like = next(vit.parameters())
+        model = super().from_vit(swap_attention(copy.deepcopy(vit), "softmax"))
+        dd = {"device": like.device, "dtype": like.dtype}
+        selection = (attention_ratio, selector_kernel, selector_hidden_ratio, selector_stride)
+        model._add_selectors(*selection, **dd)
+        _register_as(model, "effzoo_tosa_vit", dict(zip(_SELECTION_ARGS, selection, strict=True)))
+        return model
 
     @torch.jit.ignore
-    def add_selectors(
+    def _add_selectors(
         self, attention_ratio: float, kernel: int, hidden_ratio: int, stride: int, device=None, dtype=None
     ) -> None:
-        """Makes new selectors, and pairs of the blocks."""
         self.attention_ratio = _checked_ratio(attention_ratio)
         if stride < 1:
-            raise UserError(f"selector_stride: expected at least 1, got {stride}")
+            raise ValueError(f"selector_stride: expected at least 1, got {stride}")
         blocks: List[Any] = list(self.blocks)
         if not all(isinstance(block, ToSABlock) and type(block.attn) is SoftmaxAttention for block in blocks):
-            raise UserError("token selection reads softmax attention: expected blocks of no other kind (no `mixers`)")
+            raise ValueError("token selection reads softmax attention: expected blocks of no other kind (no `mixers`)")
         self.selector_stride = stride
-        self.gives_selector_losses = False
-        # one place per block, so that blocks and selectors can be walked side by side; only what has a partner selects
+        # one per block, so that blocks and selectors can be iterated together; only blocks with a ToSA layer after them select
         self.selectors = nn.ModuleList(
             TokenSelector(block.attn.num_heads, kernel, hidden_ratio, device=device, dtype=dtype)
             if i % 2 == 0 and i + 1 < len(blocks)
@@ -133,7 +167,7 @@ class ToSAViT(IsotropicViT):
 
     @torch.jit.ignore
     def set_attention_ratio(self, attention_ratio: float) -> None:
-        """Sets the share of the patches that enter a ToSA layer, from 0 to 1, for good: it is saved with the model.
+        """Sets the share of the patches that enter a ToSA layer, from 0 to 1; it is saved with the model.
 
         Raises:
             ValueError: Outside [0, 1].
@@ -141,36 +175,28 @@ class ToSAViT(IsotropicViT):
         self.attention_ratio = _checked_ratio(attention_ratio)
         update_model_args(self, attention_ratio=attention_ratio)
 
-    @torch.jit.ignore
-    @contextmanager
-    def at_ratio(self, attention_ratio: float) -> Iterator[None]:
-        """Another attention ratio for a while. Raises ValueError outside [0, 1]."""
-        kept, self.attention_ratio = self.attention_ratio, _checked_ratio(attention_ratio)
-        try:
-            yield
-        finally:
-            self.attention_ratio = kept
-
     def forward_layers(
-        self, x: torch.Tensor, take: List[int], last: int
+        self, x: torch.Tensor, take: List[int], last: int, attention_ratio: Optional[float] = None
     ) -> Tuple[torch.Tensor, List[torch.Tensor], List[torch.Tensor]]:
         """Embedded tokens through the blocks.
 
         Args:
             x: (B, L, C).
-            take: Blocks whose outputs are wanted.
+            take: Blocks whose outputs are returned.
             last: The block to stop after.
+            attention_ratio: From 0 to 1; None for the model's own.
 
         Returns:
-            The tokens behind block `last`, (B, L, C); those behind the blocks in `take`; and for each ToSA layer on the way
-            the indices (B, M) of the tokens that entered it.
+            The output of block `last`, (B, L, C); the outputs of the blocks in `take`; and for each ToSA layer up to `last` the indices
+            (B, M) of the tokens that entered it.
         """
+        ratio = self.attention_ratio if attention_ratio is None else attention_ratio
         taken: List[torch.Tensor] = []
         entered: List[torch.Tensor] = []
         index: Optional[torch.Tensor] = None
         for i, (block, selector) in enumerate(zip(self.blocks, self.selectors)):  # noqa: B905  # TorchScript knows no strict
             if i <= last:
-                selects = self.attention_ratio < 1 and i % 2 == 0 and i < last
+                selects = ratio < 1 and i % 2 == 0 and i < last
                 stride = self.selector_stride if selects else 0
                 if self.grad_checkpointing and not torch.jit.is_scripting():
                     x, scores = checkpoint(block.forward_tokens, x, index, stride, self.num_prefix_tokens)
@@ -182,20 +208,28 @@ class ToSAViT(IsotropicViT):
                 if scores is not None:
                     with torch.no_grad():  # only their own loss trains the selectors
                         importance = selector.importance(scores)  # type: ignore[operator]
-                    index = _select(importance, self.attention_ratio, self.num_prefix_tokens)
+                    index = _select(importance, ratio, self.num_prefix_tokens)
                 if i in take:
                     taken.append(x)
         return x, taken, entered
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) -> the tokens that the first block gets, (B, L, C)."""
+        """Images (B, C, H, W) -> the tokens that enter the first block, (B, L, C)."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
     def forward_features(
-        self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
+        self,
+        x: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+        attention_ratio: Optional[float] = None,
     ) -> torch.Tensor:
         refuse_mask("token selection", attn_mask, is_causal)
-        return self.norm(self.forward_layers(self.embed(x), [], len(self.blocks) - 1)[0])
+        return self.norm(self.forward_layers(self.embed(x), [], len(self.blocks) - 1, attention_ratio)[0])
+
+    def forward_at_ratio(self, x: torch.Tensor, attention_ratio: float) -> torch.Tensor:
+        """Logits (B, num_classes) at another attention ratio than the model's own. Raises ValueError outside [0, 1]."""
+        return self.forward_head(self.forward_features(x, attention_ratio=_checked_ratio(attention_ratio)))
 
     def selected_tokens(self, x: torch.Tensor) -> List[torch.Tensor]:
         """Images (B, C, H, W) -> for each ToSA layer the indices (B, M) of the tokens that enter it; none at a ratio of 1."""
@@ -207,7 +241,7 @@ class ToSAViT(IsotropicViT):
 
         Args:
             x: Images (B, C, H, W).
-            stride: Queries that are read, as `selector_stride`; None for it.
+            stride: As `selector_stride`, which is the default.
 
         Returns:
             Per pair (B, H, R, L) of the standard layer, which a selector reads, and of the ToSA layer, whose softmax it should predict.
@@ -224,7 +258,7 @@ class ToSAViT(IsotropicViT):
     def selector_losses(self, x: torch.Tensor) -> torch.Tensor:
         """KL(true map of the next layer || predicted map) in nats, mean over images, heads and queries, for each selector; (pairs,).
 
-        The network is the target and isn't trained by it: gradients reach the selectors alone.
+        The network provides the target and gets no gradients, only the selectors do.
         """
         with torch.no_grad():
             pairs = self.score_pairs(x)
@@ -239,21 +273,9 @@ class ToSAViT(IsotropicViT):
         """The selectors, one per pair."""
         return [selector for selector in self.selectors if isinstance(selector, TokenSelector)]
 
-    @torch.jit.ignore
-    @contextmanager
-    def giving_selector_losses(self) -> Iterator[None]:
-        """Calls of the model give `selector_losses` instead of logits for a while: a wrapper of the model knows only its call."""
-        self.gives_selector_losses = True
-        try:
-            yield
-        finally:
-            self.gives_selector_losses = False
-
     def forward(
         self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False
     ) -> torch.Tensor:
-        if self.gives_selector_losses:
-            return self.selector_losses(x)
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
     def forward_intermediates(
@@ -295,12 +317,48 @@ class ToSAViT(IsotropicViT):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Drops the blocks behind the last one asked for, and the selectors that then have no layer to select for."""
+        """Removes the blocks after the last requested one, and the selectors that then have no layer to select for."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.selectors = self.selectors[: len(self.blocks)]
         if len(self.blocks) % 2:
             self.selectors[-1] = NoSelector()
         return take
+
+
+class SelectorLosses(nn.Module):
+    """The selectors of a ToSA-ViT as a trainable module: images -> `selector_losses`, (pairs,). The ViT is always in eval mode.
+
+    Attributes:
+        model: The ViT, with its selectors.
+    """
+
+    def __init__(self, vit: ToSAViT) -> None:
+        super().__init__()
+        self.model = vit.eval()
+
+    def train(self, mode: bool = True) -> "SelectorLosses":
+        """Sets this module's own mode; the ViT stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.selector_losses(images)
+
+
+class AtRatio(nn.Module):
+    """A ToSA-ViT as a trainable module at an attention ratio per call: images, ratio -> logits (B, num_classes).
+
+    Attributes:
+        model: The ViT.
+    """
+
+    def __init__(self, vit: ToSAViT) -> None:
+        super().__init__()
+        self.model = vit
+
+    def forward(self, images: torch.Tensor, attention_ratio: float) -> torch.Tensor:
+        return self.model.forward_at_ratio(images, attention_ratio)
 
 
 @torch.fx.wrap
@@ -314,7 +372,7 @@ def _select(importance: torch.Tensor, attention_ratio: float, num_prefix_tokens:
 def _checked_ratio(attention_ratio: Any) -> float:
     number = isinstance(attention_ratio, (int, float)) and not isinstance(attention_ratio, bool)
     if not number or not 0 <= attention_ratio <= 1:
-        raise UserError(f"attention_ratio: expected a number from 0 to 1, got {attention_ratio!r}")
+        raise ValueError(f"attention_ratio: expected a number from 0 to 1, got {attention_ratio!r}")
     return float(attention_ratio)
 
 
@@ -322,85 +380,41 @@ _PLAIN_BLOCKS = (Block, IsotropicBlock, ToSABlock)
 _PLAIN_VITS = (VisionTransformer, IsotropicViT, ToSAViT)
 
 
-def to_tosa(
-    vit: VisionTransformer,
-    attention_ratio: float = 0.5,
-    selector_kernel: int = 3,
-    selector_hidden_ratio: int = 4,
-    selector_stride: int = 8,
-) -> ToSAViT:
-    """A copy of a ViT as a ToSA-ViT: same weights, new selectors, which have to be trained.
-
-    Works on timm's plain ViTs (DeiT, AugReg, DINOv2 with registers and layer scale, CLIP-like ones with a norm before the blocks, with
-    class token or average pooling) and on `effzoo_vit_*`. A copy of the latter, or of timm's DeiT of the same shape, can be saved as the
-    `effzoo_tosa_vit_*` of its size.
-
-    Args:
-        vit: The model; it isn't changed.
-        attention_ratio: As in `ToSAViT`, and likewise the rest.
-
-    Raises:
-        ValueError: For another kind of model, block or attention, or arguments that `ToSAViT` refuses.
-    """
-    if type(vit) not in _PLAIN_VITS:
-        raise UserError(f"expected a plain timm VisionTransformer, got {type(vit).__name__}")
-    odd = next((block for block in vit.blocks if type(block) not in _PLAIN_BLOCKS), None)
-    if odd is not None:
-        raise UserError(f"expected a VisionTransformer of timm's plain blocks, got {type(odd).__name__}")
-    if not all(type(block.attn) in (Attention, SoftmaxAttention) for block in vit.blocks):
-        raise UserError("expected a VisionTransformer with softmax attention in every block")
-    like = next(vit.parameters())
-    model: Any = swap_attention(copy.deepcopy(vit), "softmax")
-    model.__class__ = ToSAViT
-    for block in model.blocks:
-        block.__class__ = ToSABlock  # it has methods that timm's has not, and nothing else
-    model.add_selectors(
-        attention_ratio, selector_kernel, selector_hidden_ratio, selector_stride, device=like.device, dtype=like.dtype
-    )
-    _rename(
-        model,
-        "effzoo_tosa_vit_",
-        attention_ratio=attention_ratio,
-        selector_kernel=selector_kernel,
-        selector_hidden_ratio=selector_hidden_ratio,
-        selector_stride=selector_stride,
-    )
-    return model
+to_tosa = ToSAViT.from_vit
 
 
 def to_dense(model: ToSAViT) -> IsotropicViT:
     """A copy of a ToSA-ViT as the dense ViT that it is at a ratio of 1, without selectors. Raises ValueError for another model."""
     if type(model) is not ToSAViT:
-        raise UserError(f"expected a ToSAViT, got {type(model).__name__}")
-    dense: Any = copy.deepcopy(model)
-    for name in ("selectors", "attention_ratio", "selector_stride", "gives_selector_losses"):
+        raise ValueError(f"expected a ToSAViT, got {type(model).__name__}")
+    dense: Any = IsotropicViT.from_vit(model)
+    for name in ("selectors", "attention_ratio", "selector_stride"):
         delattr(dense, name)
-    dense.__class__ = IsotropicViT
-    for block in dense.blocks:
-        block.__class__ = IsotropicBlock
-    dense._model_args = {
-        key: value for key, value in getattr(dense, "_model_args", {}).items() if key not in _SELECTION_ARGS
-    }
-    _rename(dense, "effzoo_vit_")
+    _register_as(dense, "effzoo_vit", {})
     return dense
 
 
 _SELECTION_ARGS = ("attention_ratio", "selector_kernel", "selector_hidden_ratio", "selector_stride")
-_SAME_SHAPE = re.compile(r"(?:effzoo_(?:tosa_)?vit_|deit_)(pico|tiny|small|base)(?:_patch16_224)?$")
+_SIZES = {f"{family}_{size}": size for family in ("effzoo_vit", "effzoo_tosa_vit") for size in SIZES} | {
+    f"deit_{size}_patch16_224": size for size in ("tiny", "small", "base")
+}
+"""Architecture -> size of the registered models of the same shape."""
 
 
-def _rename(model: Any, prefix: str, **model_args: Any) -> None:
-    """Gives a copy the name of the registered model that has its shape, so that it can be saved; others keep theirs."""
-    named = _SAME_SHAPE.match(model.pretrained_cfg.get("architecture", ""))
-    if named:
-        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": prefix + named.group(1)}
+def _register_as(model: Any, family: str, selection: Mapping[str, Any]) -> None:
+    """Gives a copy the name and arguments of the family's model of its shape, so that it can be saved; other shapes keep their name."""
+    model_args = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in _SELECTION_ARGS}
+    size = _SIZES.get(getattr(model, "pretrained_cfg", {}).get("architecture", ""))
+    if size is not None:
+        model.pretrained_cfg = {**model.pretrained_cfg, "architecture": f"{family}_{size}"}
         model.default_cfg = model.pretrained_cfg
-        kept = {key: value for key, value in getattr(model, "_model_args", {}).items() if key != "mixers"}
-        model._model_args = {**kept, **model_args}
+        model_args = {**model_args, **selection}
+        model_args.pop("mixers", None)
+    model._model_args = model_args
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: VisionTransformer) -> Dict[str, torch.Tensor]:
-    """Every ViT checkpoint that timm reads, and ours; where there are no selectors, the model's initial ones stay."""
+    """Keys of every ViT checkpoint that timm reads, and ours -> ours; without selectors in it, the model keeps its initial ones."""
     converted = vit_checkpoint_filter_fn(state_dict, model)
     own = {key: value for key, value in model.state_dict().items() if key.startswith("selectors.")}
     if not any(key.startswith("selectors.") for key in converted):
@@ -421,31 +435,7 @@ default_cfgs = generate_default_cfgs(
         for name, cfg in vit_cfgs(f"effzoo_tosa_vit_{size}", size, deit_weights=True, **PAPER).items()
     }
 )
-
-
-def _create(size: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    return build_vit(f"effzoo_tosa_vit_{size}", pretrained, ToSAViT, checkpoint_filter_fn, **{**SIZES[size], **kwargs})
-
-
-@register_model
-def effzoo_tosa_vit_pico(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ToSA-ViT-pico, for 32 x 32 pixels and patches of 4 x 4."""
-    return _create("pico", pretrained, **kwargs)
-
-
-@register_model
-def effzoo_tosa_vit_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ToSA-ViT in DeiT-Ti's shape."""
-    return _create("tiny", pretrained, **kwargs)
-
-
-@register_model
-def effzoo_tosa_vit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ToSA-ViT in DeiT-S' shape."""
-    return _create("small", pretrained, **kwargs)
-
-
-@register_model
-def effzoo_tosa_vit_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ToSA-ViT in DeiT-B's shape."""
-    return _create("base", pretrained, **kwargs)
+for _size in SIZES:
+    register_vit(
+        __name__, f"effzoo_tosa_vit_{_size}", _size, "token-selective attention", ToSAViT, checkpoint_filter_fn
+    )

@@ -19,8 +19,8 @@ from .contract import Section as Section
 from .contract import Table as Table
 from .contract import Task as Task
 from .contract import mean_over_images as mean_over_images
-from .distillation import DistillConfig as DistillConfig
 from .distillation import Distillation as Distillation
+from .distillation import DistillConfig as DistillConfig
 
 DEFAULT = "classification"
 
