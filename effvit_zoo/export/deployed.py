@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line, unknown_choice
+from ..run_folder import MODEL_CONFIG
 from . import TARGETS, target_of
 from .contract import Runner
 
@@ -153,8 +154,8 @@ def _config_for(path: Path, like: str | None) -> dict[str, Any]:
     if like is not None:
         return hub.read_config(like)
     for folder in (path.parent, path.with_suffix(""), path.parent.parent):
-        if (folder / hub.CONFIG).is_file():
+        if (folder / MODEL_CONFIG).is_file():
             return hub.read_config(f"{hub.LOCAL}{folder}")
     raise UserError(
-        f"no preprocessing config found for {path}: put its model's {hub.CONFIG} into its folder, or name the model by --like MODEL"
+        f"no preprocessing config found for {path}: put its model's {MODEL_CONFIG} into its folder, or name the model by --like MODEL"
     )
