@@ -272,7 +272,7 @@ def test_the_reference_has_everything():
     shown = parts["commands"]()
     assert all(f"## effzoo {name}\n" in shown for name in COMMANDS)
     assert all(f"| `{row.key}` |" in parts["settings"]() for row in settings(RunConfig))
-    assert "`finetune.ratios`" in parts["tosa"]()
+    assert "| `finetune.task` | mapping | `{}` |" in parts["tosa"]()
     used = re.findall(r"<!-- generated: (\w+) -->", "".join(path.read_text() for path in PAGES.values()))
     assert sorted(used) == sorted(parts)
 
