@@ -26,9 +26,6 @@ import yaml
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http as hub_http
 
-from effvit_zoo.hub import push as hub_push
-from effvit_zoo.tasks._card import classification_card
-
 USER = "ada"
 TOKEN = "hf_WriteTokenOfAdaThatNobodyMaySee01"
 READ_TOKEN = "hf_ReadTokenOfAdaThatNobodyMaySee002"
@@ -420,11 +417,6 @@ def environment(endpoint: str, home, token: str | None = TOKEN) -> dict[str, str
         "HF_HUB_DISABLE_XET": "1",
     }
     return given | ({"HF_TOKEN": token} if token else {})
-
-
-def push(folder, repo_id, **options) -> str:
-    """`hub.push` of a classifier."""
-    return hub_push(folder, repo_id, classification_card, **options)
 
 
 def sha256(content: bytes) -> str:

@@ -11,15 +11,16 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import environment, push
+from hub_server import environment
 from huggingface_hub import ModelCard
 from PIL import Image
+from runs import make_photos
 
-from effvit_zoo import hub
+from effvit_zoo import hub, push
 from effvit_zoo.cli import main
 from effvit_zoo.evaluation.prediction import predict
 from effvit_zoo.hub import card
-from effvit_zoo.tasks._card import classification_card
+from effvit_zoo.tasks import card_facts
 
 NAME = "ada/birds"
 
@@ -67,7 +68,7 @@ def made(folder, records=None, **options):
     """The card of a folder with some records beside its config."""
     files = {"config.json": (folder / "config.json").read_bytes()}
     files |= {f"training/{name}": text.encode() for name, text in (records or {}).items()}
-    return card.make(files, NAME, classification_card(json.loads(files["config.json"])), **options)
+    return card.make(files, NAME, card_facts(json.loads(files["config.json"])), **options)
 
 
 def pushed_card(the_hub, name=NAME):
@@ -210,7 +211,7 @@ def script_in(text):
 def lines_of(folder, photo):
     """What the script should print."""
     [expected] = predict(hub.load(folder), [photo])
-    return [f"{100 * p:.1f} %  {name}" for p, name in zip(expected.probabilities, expected.labels, strict=True)]
+    return [f"{100 * row['probability']:.1f} %  {row['label']}" for row in expected.rows]
 
 
 def test_the_usage_block_runs_as_a_script_and_predicts(the_hub, run, tmp_path):
@@ -251,3 +252,21 @@ def test_the_command_in_the_card_runs(the_hub, run, tmp_path, capsys, monkeypatc
     command = re.search(r"`effzoo (predict [^`]+)`", pushed_card(the_hub)).group(1)
     assert main(command.split()) == 0
     assert "jay" in capsys.readouterr().out
+
+
+def test_the_training_command_in_the_card_runs(the_hub, run, tmp_path, monkeypatch):
+    """What a reader types: pull, then train with the recorded settings on a folder of their own."""
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"processes": 1}))
+    push(run, NAME)
+    make_photos(tmp_path / "photos", {"train": {"blue": 8, "red": 8}, "val": {"blue": 2, "red": 2}})
+    monkeypatch.chdir(tmp_path)
+    pull, train = re.search(
+        r"```bash\n(effzoo pull .*) && cd birds\n(effzoo train .*)\n", pushed_card(the_hub)
+    ).groups()
+    assert main(pull.split()[1:]) == 0
+    monkeypatch.chdir("birds")
+    arguments = train.replace("FOLDER", "../photos").split()[1:]
+    shorter = ["train.epochs=1", "train.trackers=[]", "train.batch_size=8", "data.num_workers=0"]
+    assert main([*arguments, *shorter, "--output", "run"]) == 0
+    assert json.loads((tmp_path / "birds/run/summary.json").read_text())["val_images"] == 4

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
-from effvit_zoo.tasks.config import ClassificationConfig
 from pydantic import Field
 from runs import ROOT
 
@@ -15,6 +14,8 @@ from effvit_zoo import config as strict
 from effvit_zoo import tasks
 from effvit_zoo.commands import config as command
 from effvit_zoo.errors import UserError
+from effvit_zoo.tasks.classification import ClassificationConfig
+from effvit_zoo.tasks.contract import Augment
 from effvit_zoo.training.config import CONFIGS, ModelConfig, RunConfig, find_config, load_config
 
 
@@ -30,7 +31,9 @@ class Brightness:
 
 @pytest.fixture
 def brightness(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "brightness", type("BrightnessTask", (), {"Config": Brightness}))
+    monkeypatch.setitem(
+        tasks.TASKS, "brightness", type("BrightnessTask", (), {"Config": Brightness, "Augment": Augment})
+    )
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ def test_timm_loads_what_save_writes_bit_for_bit(tmp_path, name, kwargs, memory_
     assert loaded.pretrained_cfg["crop_pct"] == 0.77
     assert hub.label_names(loaded) == tuple(labels)
     assert hub.read_config(written)["effvit_zoo"] == {"top1": 12.5}
+    assert hub.load(written).effvit_zoo_record == {"top1": 12.5}
 
 
 def test_labels_and_preprocessing_survive_a_second_save(folder, tmp_path):
@@ -346,7 +347,7 @@ def test_missing_and_unsafe_weights(folder):
         ('{"architecture": "test_vit", "num_classes": true}', "num_classes is True, expected a whole number"),
         ('{"architecture": "test_vit", "pretrained_cfg": []}', "pretrained_cfg is [], expected a mapping"),
         ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 8]}}', "input_size is [3, 8], expected 3"),
-        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": "grey"}}', "mean is 'grey', expected positive"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": "grey"}}', "mean is 'grey', expected numbers"),
         (
             '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"deepness": 3}}',
             "takes no argument 'deepness'",

@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import EXPIRED_TOKEN, READ_TOKEN, TOKEN, environment, git_hash, push, sha256, use
+from hub_server import EXPIRED_TOKEN, READ_TOKEN, TOKEN, environment, git_hash, sha256, use
 from huggingface_hub import HfApi
 from safetensors.torch import load, save, save_file
 
 import effvit_zoo
-from effvit_zoo import hub
+from effvit_zoo import hub, push
 from effvit_zoo.cli import main
 from effvit_zoo.errors import UserError
 from effvit_zoo.hub import card, publish
@@ -643,7 +643,7 @@ BAD_CONFIGS = [
     ({"pretrained_cfg": {"crop_pct": "all"}}, "crop_pct is 'all', expected a number"),
     ({"pretrained_cfg": {"interpolation": 5}}, "interpolation is 5, expected a name"),
     ({"pretrained_cfg": {"classifier": {"a": 1}}}, "classifier is {'a': 1}, expected a name"),
-    ({"pretrained_cfg": {"mean": [True, 1, 1]}}, "mean is [True, 1, 1], expected positive numbers"),
+    ({"pretrained_cfg": {"mean": [True, 1, 1]}}, "mean is [True, 1, 1], expected numbers of at least 0"),
     ({"pretrained_cfg": {"hf_hub_filename": "evil.bin"}}, "weights are read from model.safetensors only"),
     (
         {"pretrained_cfg": {"custom_load": "hf", "hf_hub_filename": "e.npz"}},
@@ -668,7 +668,7 @@ def test_keys_of_a_newer_timm_do_not_keep_a_model_from_loading(the_hub, trained,
     """Nothing reads them, so they are passed over; those that this timm would stumble over are named."""
     config = json.loads((trained / "config.json").read_text())
     config |= {"auto_map": {"AutoModel": "evil.Model"}, "a_new_key": 1}
-    config["pretrained_cfg"] |= {"crop_shape": "round"}
+    config["pretrained_cfg"] |= {"crop_shape": "round", "mean": [0, 0, 0]}
     the_hub.add(NAME, {"config.json": json.dumps(config).encode(), "model.safetensors": _weights(trained)})
     expected = logits(hub.load(trained))
     assert main(["pull", NAME, "--output", str(tmp_path / "pulled")]) == 0
@@ -678,6 +678,7 @@ def test_keys_of_a_newer_timm_do_not_keep_a_model_from_loading(the_hub, trained,
         assert torch.equal(logits(loaded), expected)
         assert hub.label_names(loaded) == ("tit", "wren", "jay")
         assert loaded.pretrained_cfg["crop_pct"] == 0.9
+        assert loaded.pretrained_cfg["mean"] == [0, 0, 0]
         other = hub.load(name, num_classes=5, img_size=None)
         assert torch.equal(other.blocks[3].mlp.fc1.weight, loaded.blocks[3].mlp.fc1.weight)
         assert hub.label_names(hub.load(hub.save(loaded, tmp_path / "again"))) == ("tit", "wren", "jay")
@@ -734,12 +735,13 @@ def test_no_token_is_ever_written(the_hub, trained, tmp_path, capfd, caplog, mon
 
 def test_fine_tuning_from_the_hub(the_hub, trained, tmp_path):
     """train.py starts from a pushed model as from any other, with a head for its own classes."""
+    from effvit_zoo.tasks import Classification
     from effvit_zoo.training.config import load_config
     from effvit_zoo.training.run import build_model
 
     push(trained, NAME)
     (tmp_path / "c.yaml").write_text(f"model: {{name: 'hf-hub:{NAME}'}}\n")
-    model = build_model(load_config(tmp_path / "c.yaml"), num_classes=10)
+    model = build_model(load_config(tmp_path / "c.yaml"), Classification(10))
     source = hub.load(trained)
     assert model.num_classes == 10
     assert torch.equal(model.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)

@@ -1,4 +1,4 @@
-"""`effzoo benchmark attention`: time and memory of every mechanism by itself, as the number of tokens grows.
+"""`effzoo benchmark attention`: time and memory of every mechanism alone, as the number of tokens grows.
 
 Each is the function of q, k and v of one image, without projections, that its mixer gives by `benchmark_function`. q, k and v are
 contiguous in the axis order that the function takes (`--layout separate`), or views of one projection's output, (1, N, 3, H, D) (`--layout

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Pushes and prints the commit's address. Raises `UserError`."""
     from .. import hub
-    from ..tasks._card import classification_card
+    from ..tasks import card_facts
 
     options = {"private": args.private, "revision": args.revision, "license": args.license, "message": args.message}
-    address = hub.push(args.folder, args.name, classification_card, **options)
+    address = hub.push(args.folder, args.name, card_facts, **options)
     place = f"{args.name}@{args.revision}" if args.revision else args.name
     print(f"{address}: to be used as {hub.HUB}{place}, after import effvit_zoo")

@@ -138,7 +138,7 @@ def make(
         *(part for heading, text in facts.sections for part in (f"## {heading}", text)),
         *_training(records, place),
         *(f"![{text}]({RECORDS}/{name})" for name, text in facts.figures.items() if f"{RECORDS}/{name}" in files),
-        *_settings(records),
+        _settings(files),
         *_origin(records),
         OWN_WORDS,
         own_words.strip(),
@@ -271,9 +271,9 @@ def _training(records: _Records, place: str) -> list[str]:
     ]
 
 
-def _settings(records: _Records) -> list[str]:
-    settings = yaml.safe_dump(records.run, sort_keys=False, allow_unicode=True)
-    return [f"<details><summary>All settings</summary>\n\n```yaml\n{settings}```\n\n</details>"] if records.run else []
+def _settings(files: Mapping[str, Any]) -> str:
+    text = files.get(f"{RECORDS}/{CONFIG}", b"").decode()
+    return f"<details><summary>All settings</summary>\n\n```yaml\n{text}```\n\n</details>" if text else ""
 
 
 def _origin(records: _Records) -> list[str]:

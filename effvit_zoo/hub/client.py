@@ -16,18 +16,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download
+from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # that of the client's HTTP library, whichever its version uses
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+    HTTPError as HTTPError,  # that of the client's HTTP library, whichever its version uses
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import (
@@ -48,7 +40,7 @@ class MissingFile(UserError):
 
 LIBRARY = "effvit_zoo"
 ATTEMPTS = 3
-FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, OfflineModeIsEnabled)
+FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, errors.OfflineModeIsEnabled)
 """What the client raises when a request to the Hub, the network or the disk fails. Bad requests are ValueErrors too."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{16,}")
@@ -56,11 +48,11 @@ _HELP = "`hf auth login` or the environment variable HF_TOKEN sets one"
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
     (HFValidationError, "that is not a name on the Hub, expected USER/NAME"),
-    (LocalTokenNotFoundError, f"there is no token: {_HELP}"),
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    (GatedRepoError, "its owner has to grant access first, on its page on the Hub"),
-    (RepositoryNotFoundError, "it is not on the Hub, or it is private and needs a token that may see it"),
-    (RevisionNotFoundError, "it has no such revision"),
+    (errors.LocalTokenNotFoundError, f"there is no token: {_HELP}"),
+    (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+    (errors.GatedRepoError, "its owner has to grant access first, on its page on the Hub"),
+    (errors.RepositoryNotFoundError, "it is not on the Hub, or it is private and needs a token that may see it"),
+    (errors.RevisionNotFoundError, "it has no such revision"),
 )
 _STATUS = {
     401: f"the Hub doesn't accept the token, it may have expired: {_HELP}",
@@ -97,17 +89,15 @@ def translated(what: str) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences the client's warnings, and its progress bars where stderr is not a terminal."""
-    level = hub_logging.get_verbosity()
+    level, chosen = hub_logging.get_verbosity(), constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    hide_bars = not (chosen or sys.stderr.isatty() or are_progress_bars_disabled())
     hub_logging.set_verbosity_error()
-    bars = (
-        constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not sys.stderr.isatty() and not are_progress_bars_disabled()
-    )
-    if bars:
+    if hide_bars:
         disable_progress_bars()
     try:
         yield
     finally:
-        if bars:
+        if hide_bars:
             enable_progress_bars()
         hub_logging.set_verbosity(level)
 
@@ -212,17 +202,17 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
     download = partial(
         hf_hub_download, repo, name, revision=revision, library_name=LIBRARY, library_version=__version__
     )
-    for attempt in range(1, ATTEMPTS + 1):
+    broken: Exception | None = None
+    for _ in range(ATTEMPTS):
         try:
             return Path(download())
         except HTTPError as error:
             if isinstance(error, HfHubHTTPError):
                 raise
-            if attempt == ATTEMPTS:
-                with suppress(LocalEntryNotFoundError):
-                    return Path(download(local_files_only=True))
-                raise
-    raise AssertionError("the last attempt returns or raises")
+            broken = error
+    with suppress(LocalEntryNotFoundError):
+        return Path(download(local_files_only=True))
+    raise broken or AssertionError
 
 
 def _verified(path: Path, repo: str, name: str, verify: bool) -> Path:

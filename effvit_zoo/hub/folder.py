@@ -30,35 +30,15 @@ from torch import nn
 from ..errors import UserError, one_line, unknown_choice
 from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
 from .client import FAILURES, explain, fetch, quiet, require_name
+from .config_check import checked_config, known_models
 from .labels import label_names as labels_of
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # in the order in which timm looks for them
 
 # What building a model from a foreign config and filling it from foreign weights can raise.
-_BUILD_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
-
-_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "architecture": (str, "a name"),
-    "num_classes": (int, "a whole number"),
-    "label_names": ((list, dict), "a list or mapping"),
-    **dict.fromkeys(("model_args", "pretrained_cfg", "label_descriptions", EXTRA_KEY), (dict, "a mapping")),
-    **dict.fromkeys(("input_size", "mean", "std"), (list, "positive numbers")),
-    **dict.fromkeys(("interpolation", "crop_mode"), (str, "a name")),
-    "crop_pct": ((int, float), "a number"),
-    "classifier": ((str, list), "a name or a list of names"),
-}
-"""Types of what this package and timm's transforms read from config.json, on its top level or in pretrained_cfg."""
+_DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
+_BUILD_ERRORS = (*_DAMAGED, RuntimeError, TypeError, ValueError, AssertionError, AttributeError, LookupError)
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +106,9 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
     Raises:
         UserError: Unknown model, arguments it doesn't take, no weights, weights that are damaged or don't fit, a malformed
             config, or no network.
+
+    Returns:
+        The model. For folders and the Hub, its attribute `effvit_zoo_record` is what `save` was given as `extra`.
     """
     resolved = resolve_name(name)
     if pretrained is None:
@@ -149,8 +132,8 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
         rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
         _create(resolved, pretrained, rest, name, bool(unknown))
-    model = _create(resolved, pretrained, kwargs, name, bool(unknown))
-    model.effvit_zoo_record = config.get(EXTRA_KEY) or {}  # type: ignore[assignment]
+    model: Any = _create(resolved, pretrained, kwargs, name, bool(unknown))
+    model.effvit_zoo_record = config.get(EXTRA_KEY) or {}
     return model
 
 
@@ -177,7 +160,7 @@ def resolve_name(name: str | Path) -> str:
         raise unknown_choice("model source", source.group(), [LOCAL, HUB])
     if "/" in name or os.sep in name:
         raise UserError(f"there is no folder {name}; if it is a model on the Hub, write {HUB}{name}")
-    raise unknown_choice("model", name, _known_models(name))
+    raise unknown_choice("model", name, known_models(name))
 
 
 def brings_weights(name: str | Path) -> bool:
@@ -217,35 +200,6 @@ def model_folder(name: str | Path) -> Path:
     raise UserError(f"{path} is not a model folder: it has no {MODEL_CONFIG}")
 
 
-def checked_config(path: Path, shown: object) -> dict[str, Any]:
-    """The content of a config.json, checked for what needs no weights. `shown` names it in messages. Raises `UserError`."""
-    try:
-        config = read_json(path)
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), str(shown))) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{shown}: expected a mapping, got {type(config).__name__}")
-    _check_types(config, shown)
-    if config.get("architecture") is None:
-        raise UserError(f"{shown} names no architecture: it is not a timm model's config")
-    if not is_model(config["architecture"]):
-        unknown = unknown_choice("architecture", config["architecture"], _known_models(config["architecture"]))
-        hint = "" if "did you mean" in str(unknown) else "; a package that defines it has to be imported first"
-        raise UserError(f"{shown}: {unknown}{hint}")
-    cfg = config.get("pretrained_cfg") or config  # in timm's older form all is one mapping
-    _check_types(cfg, shown)
-    for key in ("state_dict", "hf_hub_filename"):  # custom_load has an effect only together with the latter
-        if cfg.get(key):
-            raise UserError(f"{shown}: {key} is {_short(cfg[key])}: weights are read from {WEIGHTS} only")
-    args = config.get("model_args") or {}
-    for key in args:
-        if key.startswith("pretrained") or key in ("checkpoint_path", "cache_dir"):
-            raise UserError(f"{shown}: model_args may not hold {key!r}, which decides what is loaded")
-    if "num_classes" in config and args.get("num_classes", config["num_classes"]) != config["num_classes"]:
-        raise UserError(f"{shown}: num_classes is {config['num_classes']}, in model_args {args['num_classes']}")
-    return config
-
-
 def listed(found: Mapping[str, Sequence[str]]) -> str:
     """ "missing head.weight and 1 more; unexpected gate": the first item of each kind and the number of others. "" for none."""
     return "; ".join(
@@ -264,29 +218,6 @@ def _config_path(resolved: str) -> tuple[Path, str]:
         raise UserError(f"expected a model folder or {HUB}USER/NAME, got the model name {resolved}")
     repo, revision = hub_place(resolved)
     return fetch(repo, [MODEL_CONFIG], revision), f"{resolved}/{MODEL_CONFIG}"
-
-
-def _known_models(like: str) -> list[str]:
-    """Names to suggest from: this package's own for its prefix, else all of timm's registry."""
-    return timm.list_models("effzoo_*") if like.startswith("effzoo") else timm.list_models()
-
-
-def _check_types(content: Mapping[str, Any], shown: object) -> None:
-    """Raises `UserError` for a value of another type than `_TYPES` says. Null is no value; other keys are timm's concern."""
-    for key, (types, expected) in _TYPES.items():
-        value = content.get(key)
-        if value is None:
-            continue
-        valid = isinstance(value, types) and not isinstance(value, bool)
-        if expected == "positive numbers":
-            valid = valid and all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in value)
-        if not valid:
-            raise UserError(f"{shown}: {key} is {_short(value)}, expected {expected}")
-    size, names = content.get("input_size"), content.get("label_names")
-    if size is not None and len(size) != 3:
-        raise UserError(f"{shown}: input_size is {_short(size)}, expected 3 numbers")
-    if isinstance(names, dict) and not all(key.isdecimal() for key in names):
-        raise UserError(f"{shown}: label_names is {_short(names)}, expected numbers of classes as its keys")
 
 
 def _create(
@@ -361,11 +292,6 @@ def _explain_mismatch(text: str) -> str:
         "of another shape": [f"{key} (is {got}, expected {expected})" for key, got, expected in shapes],
     }
     return listed(found) or one_line(text, limit=300)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _model_config(

@@ -21,8 +21,8 @@ from timm.models import PretrainedCfg
 
 from ..errors import UserError, unknown_choice
 from ..measure import cost
-from . import folder as hub
 from .client import FAILURES, explain, is_intact, make_api, quiet, require_answer
+from .folder import WEIGHTS_FILES
 
 ACCURACIES = Path(__file__).parent.parent / "assets" / "published.csv"
 SIZE_RANGE = (0.95, 1.1)
@@ -121,7 +121,7 @@ def _on_hub(api: HfApi, cfg: PretrainedCfg) -> tuple[dict[str, Any], list[str]]:
         info = api.model_info(repo, revision=revision or None, files_metadata=True)
     except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
         return {}, [explain(error)]
-    wanted = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else hub.WEIGHTS_FILES
+    wanted = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else WEIGHTS_FILES
     file = _file(info, wanted)
     license = info.card_data.get("license") if info.card_data else None
     if file is None:

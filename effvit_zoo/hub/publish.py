@@ -11,39 +11,26 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
-from huggingface_hub.hf_api import ModelInfo
 
-from ..config import read_yaml
+from .. import run_folder
+from ..config import dump_yaml, plain, read_yaml
 from ..errors import UserError
-from ..run_folder import (
-    BEST,
-    CARD,
-    CONFIG,
-    EXTRA_KEY,
-    LAST,
-    METRICS,
-    MODEL_CONFIG,
-    RECORDS,
-    SUMMARY,
-    VALIDATION,
-    WEIGHTS,
-    read_json,
-    run_of,
-)
+from ..run_folder import CARD, CONFIG, MODEL_CONFIG, RECORDS, WEIGHTS
 from . import card, client
 from .client import FAILURES, explain, fetch
-from .folder import HUB, checked_config, hub_place, load, model_folder
+from .config_check import checked_config
+from .folder import HUB, hub_place, load, model_folder
 
-_PUBLISHED = (MODEL_CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in (CONFIG, SUMMARY, VALIDATION, METRICS)))
+_RECORD_FILES = (CONFIG, run_folder.SUMMARY, run_folder.VALIDATION, run_folder.METRICS)
+_PUBLISHED = (MODEL_CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in _RECORD_FILES))
 """What a push writes and a pull reads, besides the figures that the card shows."""
 
 _PRIVATE_KEYS = ("bad_file_names", "path")
@@ -97,17 +84,9 @@ def push(
     """
     folder = model_folder(folder)
     client.require_name(repo_id)
-    files = _contents(folder, license)
-    try:
-        load(folder)
-    except UserError as error:
-        raise UserError(f"{error}; only a whole model in its training form is pushed, not a fused one") from error
-    facts = describe(json.loads(files[MODEL_CONFIG]))  # type: ignore[arg-type]
-    if (records := _records_of(folder)) is not None:
-        files |= {f"{RECORDS}/{name}": records / name for name in facts.figures if (records / name).is_file()}
-    _refuse_tokens(files)
     if revision is not None and not re.fullmatch(r"\w[\w./-]*", revision):
         raise UserError(f"{revision!r} can't be a branch: expected letters, digits, and . / - between them")
+    files, facts = _contents(folder, license, describe)
     what = _require_way(repo_id)
     place = _Place(client.make_api(), repo_id, revision)
     try:
@@ -123,10 +102,7 @@ def push(
     except _Unclear:
         raise
     except UserError as error:
-        outcome = place.outcome
-        if outcome is _Outcome.UNKNOWN and isinstance(error.__cause__, errors.HfHubHTTPError):
-            outcome = _Outcome.NOT_CREATED
-        raise UserError(f"{error}; the repository {outcome.value.format(branch=revision)}") from error
+        raise UserError(f"{error}; the repository {place.outcome_after(error)}") from error
 
 
 def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
@@ -195,38 +171,35 @@ class _Place:
     repo_id: str
     revision: str | None
     outcome: _Outcome = _Outcome.UNCHANGED
-    before: ModelInfo | None = None
+    commit: str | None = None
+    present: frozenset[str] = frozenset()
 
     def open(self, private: bool | None, what: str) -> None:
-        """Creates the repository and the branch where they are missing, and reads what they hold."""
+        """Creates the repository and the branch where they are missing, and reads which commit and files are there."""
         try:
-            self.before = self.api.model_info(self.repo_id)
+            info = self.api.model_info(self.repo_id)
         except errors.RepositoryNotFoundError:
             self.outcome = _Outcome.UNKNOWN
             self.api.create_repo(self.repo_id, private=private)
             self.outcome = _Outcome.CREATED
-            self.before = self.api.model_info(self.repo_id)
-        if private is not None and bool(self.before.private) != private:
-            visibility = "private" if self.before.private else "public"
+            info = self.api.model_info(self.repo_id)
+        if private is not None and bool(info.private) != private:
+            visibility = "private" if info.private else "public"
             raise UserError(f"{what}: it is there already and {visibility}; its settings page changes that")
-        if self.revision is None:
-            return
-        try:
-            self.before = self.api.model_info(self.repo_id, revision=self.revision)
-        except errors.RevisionNotFoundError:
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-            created = self.outcome is _Outcome.CREATED
-            self.outcome = _Outcome.CREATED_WITH_BRANCH if created else _Outcome.NEW_BRANCH
-            self.before = self.api.model_info(self.repo_id, revision=self.revision)
+        if self.revision is not None:
+            try:
+                info = self.api.model_info(self.repo_id, revision=self.revision)
+            except errors.RevisionNotFoundError:
+                self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+                created = self.outcome is _Outcome.CREATED
+                self.outcome = _Outcome.CREATED_WITH_BRANCH if created else _Outcome.NEW_BRANCH
+                info = self.api.model_info(self.repo_id, revision=self.revision)
+        self.commit, self.present = info.sha, frozenset(file.rfilename for file in info.siblings or ())
 
-    @property
-    def commit(self) -> str | None:
-        return self.before.sha if self.before else None
-
-    @property
-    def present(self) -> set[str]:
-        """Names of the files that are there."""
-        return {file.rfilename for file in (self.before and self.before.siblings) or ()}
+    def outcome_after(self, error: UserError) -> str:
+        """What the repository is after an error. An answer of the Hub, even a refusal, leaves no doubt about its creation."""
+        refused = self.outcome is _Outcome.UNKNOWN and isinstance(error.__cause__, errors.HfHubHTTPError)
+        return (_Outcome.NOT_CREATED if refused else self.outcome).value.format(branch=self.revision)
 
     def previous_card(self) -> str:
         """The text of the card that is there, "" for none."""
@@ -290,29 +263,30 @@ def _download(repo: str, revision: str | None) -> dict[str, Path]:
         UserError: There are no weights in the safetensors format, a content is wrong, or the Hub fails.
     """
     config = fetch(repo, [MODEL_CONFIG], revision, verify=True)
+    checked_config(config, f"{HUB}{repo}/{MODEL_CONFIG}")
     commit = config.parent.name
     found = {MODEL_CONFIG: config, WEIGHTS: fetch(repo, [WEIGHTS], commit, verify=True)}
-    checked_config(config, f"{HUB}{repo}/{MODEL_CONFIG}")
-
-    def add(name: str) -> None:
+    further = [name for name in _PUBLISHED if name not in found]
+    for name in further:
         with suppress(UserError if constants.HF_HUB_OFFLINE else client.MissingFile):
             found[name] = fetch(repo, [name], commit, verify=True)
-
-    for name in _PUBLISHED:
-        if name not in found:
-            add(name)
-    if CARD in found:
-        for name in card.figures_in(found[CARD].read_text(encoding="utf-8", errors="replace")):
-            add(name)
+            if name == CARD:
+                further += card.figures_in(found[CARD].read_text(encoding="utf-8", errors="replace"))
     return found
 
 
-def _contents(folder: Path, license: str | None) -> dict[str, _Content]:
-    """What of a model folder is published, by name in the repository, without figures and card.
+def _contents(
+    folder: Path, license: str | None, describe: Callable[[Mapping[str, Any]], card.CardFacts]
+) -> tuple[dict[str, _Content], card.CardFacts]:
+    """What is published of a model folder, by name in the repository, without the card; and the card's facts.
 
     Args:
         folder: A model folder. Its records are those in its own `training/`, else those of the run folder that it lies in.
-        license: What the config shall name as the weights' licence; None to leave that as it is.
+        license: Licence of the weights to write into the config; None to leave that as it is.
+        describe: As in `push`.
+
+    Raises:
+        UserError: It is not a loadable model, or holds a token.
     """
     for name in (MODEL_CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -320,30 +294,40 @@ def _contents(folder: Path, license: str | None) -> dict[str, _Content]:
     config = checked_config(folder / MODEL_CONFIG, folder / MODEL_CONFIG)
     if license is not None:
         config.setdefault("pretrained_cfg", {})["license"] = license
-    if EXTRA_KEY in config:
-        config[EXTRA_KEY] = _public(config[EXTRA_KEY])
+    if run_folder.EXTRA_KEY in config:
+        config[run_folder.EXTRA_KEY] = _public(config[run_folder.EXTRA_KEY])
+    try:
+        load(folder)
+    except UserError as error:
+        raise UserError(f"{error}; only a whole model in its training form is pushed, not a fused one") from error
+    facts = describe(config)
     files: dict[str, _Content] = {MODEL_CONFIG: _as_json(config), WEIGHTS: folder / WEIGHTS}
-    records = _records_of(folder)
-    if records is None:
-        return files
-    run = _public(read_yaml(records / CONFIG))
-    run.pop("hub", None)  # whose uploads they were is not the reader's concern
-    files[f"{RECORDS}/{CONFIG}"] = yaml.safe_dump(run, sort_keys=False, allow_unicode=True).encode()
-    for name in (SUMMARY, VALIDATION):
-        if (records / name).is_file():
-            content = read_json(records / name)
-            if name == VALIDATION and records == folder.parent and isinstance(content, list):
-                other = LAST if folder.name == BEST else BEST
-                content = [row for row in content if Path(str(row.get("model", ""))).name != other]
-            files[f"{RECORDS}/{name}"] = _as_json(_public(content))
-    if (records / METRICS).is_file():
-        files[f"{RECORDS}/{METRICS}"] = (records / METRICS).read_bytes()
-    return files
+    own = (folder / RECORDS / CONFIG).is_file()
+    if (records := folder / RECORDS if own else run_folder.run_of(folder)) is not None:
+        files |= {f"{RECORDS}/{name}": content for name, content in _records(records, None if own else folder.name)}
+        files |= {f"{RECORDS}/{name}": records / name for name in facts.figures if (records / name).is_file()}
+    _refuse_tokens(files)
+    return files, facts
 
 
-def _records_of(folder: Path) -> Path | None:
-    """Where the records of the run lie that a model folder came from."""
-    return folder / RECORDS if (folder / RECORDS / CONFIG).is_file() else run_of(folder)
+def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
+    """Name and public content of each record in a folder. `model` is "best" or "last": of the other one nothing is published."""
+    run = _public(plain(read_yaml(folder / CONFIG)))
+    run.pop("hub", None)  # where its author uploaded to
+    yield CONFIG, dump_yaml(run).encode()
+    other = {run_folder.BEST: run_folder.LAST, run_folder.LAST: run_folder.BEST}.get(model or "")
+    for name in (run_folder.SUMMARY, run_folder.VALIDATION):
+        if (folder / name).is_file():
+            content = run_folder.read_json(folder / name)
+            if name == run_folder.VALIDATION and other and isinstance(content, list):
+                content = [row for row in content if not (isinstance(row, dict) and _is_of(row, other))]
+            yield name, _as_json(_public(content))
+    if (folder / run_folder.METRICS).is_file():
+        yield run_folder.METRICS, (folder / run_folder.METRICS).read_bytes()
+
+
+def _is_of(row: Mapping[str, Any], model: str) -> bool:
+    return Path(str(row.get("model", ""))).name == model
 
 
 def _public(value: Any) -> Any:

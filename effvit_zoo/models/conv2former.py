@@ -6,13 +6,13 @@ Official code: https://github.com/HVision-NKU/Conv2Former @ 94fd1c4d0a (Apache-2
 Kept from the official code: GELU before BatchNorm in the stem; no norm after the last stage, but a 1x1 convolution to 1280 channels, GELU
 and LayerNorm between it and the pooling; GELU inside the MLP's residual; kernel 7 in `n` and `b_22k`, 11 in the others (its Jittor file
 has 11 in `n` too; the PyTorch file had 11 until the commit that published the checkpoints, so 7 is presumably what they need).
-Deliberate differences: names of the stages, of the layer scales and of the head are timm's (the official classifier is `pred`); that
-the layer scale's initial value can be given; `forward_features` ends before the 1280-channel convolution, which belongs to the head.
+Deliberate differences: names of the stages, of the layer scales and of the head are timm's (the official classifier is `pred`); the layer
+scale's initial value is an argument; `forward_features` ends before the 1280-channel convolution, which belongs to the head.
 
 Preprocessing is the README's, ImageNet's mean and std; the official model's `default_cfg` says 0.5, which the README contradicts. The
-checkpoints are on a file-sharing site from which a program can't fetch them: `effzoo convert` reads the downloaded files.
+checkpoints are on a file-sharing site without direct downloads: `effzoo convert` reads files that were downloaded by hand.
 
-Layout: feature maps (B, C, H, W). Any image size of at least 31 x 31; what does not divide by 32 is cut off at the right and bottom.
+Layout: feature maps (B, C, H, W). Any image size of at least 31 x 31; sides are cropped to a multiple of 32 at the right and bottom.
 """
 
 import re
@@ -46,10 +46,10 @@ class Stem(nn.Sequential):
         )
 
     def fuse(self) -> "Stem":
-        """Folds the second BatchNorm into the convolution after it; the first one's shift meets a padded convolution and stays.
+        """Folds the second BatchNorm into the convolution after it; the first one precedes a padded convolution and stays.
 
         The weights become channels_last, and with them, in eager mode, the feature maps of the whole network: LayerNorm and the 1x1
-        convolutions then read them in the order in which they lie.
+        convolutions then read them in memory order.
         """
         self[1], self[4] = inplace_activation(self[1]), inplace_activation(self[4])
         self[6] = fold_norm_before(self[5], self[6])  # type: ignore[type-var]
@@ -146,7 +146,7 @@ class Head(ClassifierHead):
         device=None,
         dtype=None,
     ) -> None:
-        """A fresh classifier; `reset_other` leaves it and the pooling alone, on a feature map of `in_features` channels."""
+        """A new classifier; `reset_other` removes all other layers but the pooling, for feature maps of `in_features` channels."""
         if reset_other:
             self.conv, self.act, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
         width = in_features if isinstance(self.conv, nn.Identity) else None  # else that of the 1x1 convolution

@@ -3,11 +3,11 @@
 "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", arXiv:2205.14756, ICCV 2023. Not MSRA's EfficientViT.
 Official code: https://github.com/mit-han-lab/efficientvit @ de7d7733cc (Apache-2.0). Own code with timm's parameter names.
 
-Two series share one plan (`SERIES`): b (Hardswish, inverted bottlenecks, attention in the last two stages, norm eps 1e-5) and l (GELU,
+Two series follow one plan (`SERIES`): b (Hardswish, inverted bottlenecks, attention in the last two stages, norm eps 1e-5) and l (GELU,
 fused inverted bottlenecks, attention in the last stage only, norm eps 1e-7).
 
 Kept from the official code: the series' norm eps in every norm (timm has 1e-5 in the head's BatchNorm of the l series too, which moves
-logits by less than 1e-6). Kept from timm: eps 1e-5 in the attention, where the official code has 1e-15; see `attn_eps`. Unlike both, the
+logits by less than 1e-6). Kept from timm: eps 1e-5 in the attention, where the official code has 1e-15; see `attn_eps`. Unlike in both, the
 head also works without pooling: it then classifies every position.
 
 Layout: feature maps (B, C, H, W). Any image size; a stride-2 convolution halves it, rounding up.
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     depthwise: bool = False
 
 
-# convolutions of the local blocks; the first that is wider than a pixel has the block's stride, all but the last the hidden width
+# convolutions of the local blocks; the first with a kernel above 1 has the block's stride, all but the last the hidden width
 LOCAL_BLOCKS: Dict[str, Tuple[Layer, ...]] = {
     "separable": (Layer("depth_conv", 3, depthwise=True), Layer("point_conv", 1)),
     "plain": (Layer("conv1", 3), Layer("conv2", 3)),
@@ -48,7 +48,7 @@ LOCAL_BLOCKS: Dict[str, Tuple[Layer, ...]] = {
 
 
 class StagePlan(NamedTuple):
-    """One stage: a local block of stride 2 without shortcut, then `depth` blocks (less one if it counts the first)."""
+    """One stage: a local block of stride 2 without shortcut, then `depth` blocks, one less with `depth_counts_first`."""
 
     local_block: str
     first_expansion: int
@@ -59,7 +59,7 @@ class StagePlan(NamedTuple):
 
 
 class Series(NamedTuple):
-    """What the sizes of a series have in common."""
+    """Settings that all sizes of a series share."""
 
     stem_block: str
     stages: Tuple[StagePlan, ...]
@@ -99,7 +99,7 @@ SERIES: Dict[str, Series] = {
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution, then BatchNorm and activation where asked for; without BatchNorm the convolution has a bias.
+    """Convolution, optional BatchNorm, optional activation; without BatchNorm the convolution has a bias.
 
     Args:
         in_dim: Channels in.
@@ -139,7 +139,7 @@ class ConvNormAct(nn.Sequential):
 
 
 def _fold_norm(layers: nn.Sequential) -> nn.Module:
-    """A chain of conv and optionally norm and act without its norm."""
+    """A chain of conv, optional norm and optional act, with the norm folded in."""
     parts = dict(layers.named_children())
     if "norm" in parts:
         parts["conv"] = fold_norm_after(parts["conv"], parts.pop("norm"))  # type: ignore[type-var]
@@ -225,7 +225,7 @@ class Stem(nn.Sequential):
     def fuse(self) -> "Stem":
         """Folds the first BatchNorm and makes the network channels-last: all later layers follow the layout of this output.
 
-        Depthwise convolutions run two to three times as fast so on a CPU; the graph stays the same.
+        Depthwise convolutions then run two to three times as fast on a CPU; the graph stays the same.
         """
         self.in_conv = _fold_norm(self.in_conv)  # type: ignore[arg-type]
         self.in_conv.conv.to(memory_format=torch.channels_last)
@@ -233,7 +233,7 @@ class Stem(nn.Sequential):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention for the context, an inverted bottleneck for the surroundings, each with a residual."""
+    """Multi-scale linear attention for global context, an inverted bottleneck for local context, each with a residual."""
 
     def __init__(self, attention: MultiScaleLinearAttention, local: LocalBlock) -> None:
         super().__init__()
@@ -252,12 +252,12 @@ class EfficientViTBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Pointwise convolution, pooling, one hidden layer, classifier. Without pooling the layers after it act on every position.
+    """Pointwise convolution, pooling, one hidden layer, classifier. Without pooling, the layers after it are applied at every position.
 
     Args:
         in_features: Channels of the feature map.
         widths: Channels of the convolution and of the hidden layer.
-        num_classes: Outputs; 0 leaves the classifier out.
+        num_classes: Outputs; 0 for no classifier.
         pool_type: As timm's `SelectAdaptivePool2d`, "" for none.
         drop_rate: Dropout before the classifier.
         act: One of `ACTIVATIONS`.
@@ -342,7 +342,7 @@ class EfficientViT(HierarchicalBackbone):
         depths: Blocks of the stem and of the stages.
         head_dim: Channels of an attention head.
         head_widths: Channels of the head's convolution and of its hidden layer.
-        num_classes: Outputs; 0 removes the classifier and leaves the hidden layer.
+        num_classes: Outputs; 0 removes the classifier, but not the hidden layer.
         in_chans: Channels of the image.
         global_pool: "avg", "max", "avgmax", or "" for logits at every position.
         drop_rate: Dropout before the classifier.
@@ -414,7 +414,7 @@ class EfficientViT(HierarchicalBackbone):
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Official keys -> ours; timm's are ours already. Every rule leaves our own names alone."""
     state_dict = unwrap_state_dict(state_dict)
-    # the l series numbers its stem as stage 0, and only a stem opens with a bare convolution
+    # the l series numbers its stem as stage 0, and only a stem begins with a bare convolution
     stem_is_stage = any(re.match(r"(?:backbone\.)?stages\.0\.op_list\.0\.conv\.", key) for key in state_dict)
     first_stage = 1 if stem_is_stage else 0
     renamed = {}
@@ -458,7 +458,7 @@ def _cfg(variant: str, size: int) -> Dict[str, Any]:
     )
 
 
-# image sizes that there are weights for
+# image sizes with published weights
 RESOLUTIONS = {
     "b0": (224,),
     "b1": (224, 256, 288),

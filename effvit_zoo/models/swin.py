@@ -5,9 +5,9 @@ Official code: https://github.com/microsoft/Swin-Transformer @ f82860bfb5 (MIT).
 load as they are, and the downsampling is at the start of a stage (officially at the end of the one before).
 
 Deliberate differences: any image size at any time. With `img_size` (or after `set_input_size`) windows and bias tables are those of timm's
-model (Apache-2.0) with the same arguments, and so are the values. At another size each map gets the windows that it would have if the
-model had been built for it, with the biases of the same offsets. Pixels beyond a multiple of the patch size are left out, as timm does.
-Positions and masks are not in the state dict; those of official checkpoints are dropped.
+model (Apache-2.0) with the same arguments, and so are the values. At another size each map gets the windows of a model built for that size,
+with the biases of the same offsets. Pixels beyond a multiple of the patch size are cropped, as in timm. Positions and masks are not in the
+state dict; those of official checkpoints are dropped.
 
 Layout: feature maps (B, H, W, C).
 """
@@ -64,7 +64,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each behind a LayerNorm and beside a residual; (B, H, W, C) -> (B, H, W, C)."""
+    """Window attention and MLP, each with LayerNorm before it and a residual; (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(
         self,
@@ -96,14 +96,14 @@ class SwinBlock(nn.Module):
     def run(
         self, source: torch.Tensor, result: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, kinds: torch.Tensor
     ) -> None:
-        """What `forward` does in eval mode, for a block with fused attention, window after window.
+        """`forward` in eval mode, for a block with fused attention, some windows at a time.
 
         Args:
             source: All tokens of all images, (B * H * W, C).
-            result: Where the same tokens go; may be `source`, as every window reads only what it writes.
+            result: Output tokens, likewise; may be `source`, as every window reads only the tokens that it writes.
             rows: The tokens of each window, (M, N); negative for padding.
-            bias: What is added to the scores, (K, heads, N, N).
-            kinds: Which of the K each window takes, (M,).
+            bias: Addends of the scores, (K, heads, N, N).
+            kinds: Index into the K of each window, (M,).
         """
         N = rows.shape[1]
         padded = rows.numel() != source.shape[0]
@@ -133,7 +133,7 @@ def _apply_inplace(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _add_linear(x: torch.Tensor, y: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """x + layer(y), in place of x; an ordinary linear layer adds its products right onto x."""
+    """x + layer(y), written to x; a plain linear layer accumulates its products directly in x."""
     if type(layer) is nn.Linear and layer.bias is not None:
         return x.add_(layer.bias).addmm_(y, layer.weight.t())
     return x.add_(layer(y))
@@ -145,10 +145,10 @@ def _is_plain_inference(x: torch.Tensor) -> bool:
 
 
 class SwinStage(Stage):
-    """Patch merging, if it is not the first stage, and blocks of which every second is shifted."""
+    """Patch merging, except in the first stage, then blocks, every second one with shifted windows."""
 
     def fuse(self) -> "FusedStage":
-        """The same stage with constant biases, in the form that is fastest without gradients."""
+        """The same stage with constant biases, in the fastest form for inference."""
         blocks: List[Any] = list(self.blocks)
         for block in blocks:
             block.attn.fuse()
@@ -156,10 +156,10 @@ class SwinStage(Stage):
 
 
 class FusedStage(Stage):
-    """A stage for inference: it computes what the stage does that it was made of, with the same blocks.
+    """A stage for inference, with the blocks and the results of the stage that it was made from.
 
-    In plain CPU inference it takes a few windows at a time through a whole block, which keeps all that lies between two maps in the
-    cache; blocks after the first work in place. Otherwise (gradients, autocast, tracing, other devices) it just calls the blocks.
+    Plain CPU inference computes a whole block for a few windows at a time, which keeps all intermediate results in the cache; blocks after
+    the first work in place. Otherwise (gradients, autocast, tracing, other devices) it calls the blocks.
     """
 
     def __init__(self, stage: SwinStage) -> None:
@@ -199,7 +199,7 @@ def stage_windows(window_size: Windows, num_stages: int) -> List[Size]:
         num_stages: Stages.
 
     Raises:
-        ValueError: If it is none of these or not positive.
+        ValueError: For anything else, or sizes that are not positive.
     """
     sizes: List[Any] = [window_size] * num_stages
     if not isinstance(window_size, int) and not (len(window_size) == 2 and isinstance(window_size[0], int)):
@@ -216,15 +216,15 @@ class SwinTransformer(HierarchicalBackbone):
     """Swin.
 
     Args:
-        img_size: Height and width the windows are made for; others can be run at any time (see `dynamic_img_size`).
+        img_size: Height and width that the windows are made for; other sizes also run (see `dynamic_img_size`).
         patch_size: Side of the patches.
         in_chans: Channels of the image.
         num_classes: Outputs of the classifier; 0 removes it.
         global_pool: Pooling before the classifier, "" for none.
-        embed_dim: Channels of the first stage; every later one has twice as many.
+        embed_dim: Channels of the first stage; every later stage doubles them.
         depths: Blocks per stage.
         num_heads: Heads per stage.
-        window_size: Windows: one number, (height, width), or one of these per stage. A map that is smaller has smaller ones.
+        window_size: Windows: one number, (height, width), or one of these per stage. On smaller maps they shrink.
         dynamic_img_size: False refuses images of another size than `img_size`.
         mlp_ratio: Hidden over outer channels of the MLPs.
         qkv_bias: Bias in the projections to queries, keys and values.
@@ -271,7 +271,7 @@ class SwinTransformer(HierarchicalBackbone):
         self.min_input_size = patch_size  # type: ignore[misc]
         windows = stage_windows(window_size, len(depths))
         grid = self.img_size[0] // patch_size, self.img_size[1] // patch_size
-        self._windows_given = grid, windows  # what `set_input_size` scales
+        self._windows_given = grid, windows  # basis of `set_input_size`
         windows = _windows_that_fit(windows, grid)
 
         self.patch_embed = PatchEmbed(
@@ -330,7 +330,7 @@ class SwinTransformer(HierarchicalBackbone):
     ) -> None:
         """Makes windows for another image size and interpolates the bias tables to them, with timm's semantics.
 
-        Needed only to CHANGE the windows: any size runs without it. Exports remember what was set.
+        Needed only to change the windows: any size runs without it. Exports keep the setting.
 
         Args:
             img_size: New height and width; None keeps the present one.
@@ -349,7 +349,7 @@ class SwinTransformer(HierarchicalBackbone):
             (max(1, height * grid[0] // given_height), max(1, width * grid[1] // given_width))
             for height, width in given_windows
         ]
-        stages: List[Any] = list(self.layers)  # fewer than windows after pruning
+        stages: List[Any] = list(self.layers)  # after pruning fewer than windows
         for stage, window in zip(stages, _windows_that_fit(windows, grid), strict=False):
             for block in stage.blocks:
                 block.attn.set_window_size(window)
@@ -358,7 +358,7 @@ class SwinTransformer(HierarchicalBackbone):
 
     @torch.jit.ignore
     def check_input(self, x: torch.Tensor) -> None:
-        """ValueError if the image is smaller than a patch, or of another size than the only one allowed. Silent under any tracer."""
+        """Raises ValueError for an image smaller than a patch or of a size that is not allowed; no check under a tracer."""
         super().check_input(x)
         if not self.dynamic_img_size and not is_traced(x) and tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(f"dynamic_img_size=False allows images of {self.img_size} only, got {tuple(x.shape[-2:])}")
@@ -404,7 +404,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     converted = {}
     for key, value in state_dict.items():
         if key.endswith((".relative_position_index", ".attn_mask")):
-            continue  # follow from sizes
+            continue  # these follow from sizes
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
         if downsample_at_end:
             key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", key)

@@ -28,7 +28,7 @@ def check_output(path: Path | None, option: str = "--output") -> None:
 
 def write_rows(rows: Rows, path: Path) -> None:
     """Writes rows, whose keys may differ, as CSV or JSON, by the suffix of the path. Creates the folder."""
-    run_folder.write_text(path, _as_text(rows, as_json=path.suffix == ".json"))
+    _emit(_as_text(rows, as_json=path.suffix == ".json"), path)
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,5 +108,7 @@ def _is_nested(value: Any) -> bool:
 def _emit(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
+    elif output.exists() and not output.is_file():  # a device or a pipe must not be replaced
+        output.write_text(text, encoding="utf-8")
     else:
         run_folder.write_text(output, text)
