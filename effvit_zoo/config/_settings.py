@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import PydanticUndefined
 
 from ._schema import bare, hints_of, section_of, tagged_of
 
@@ -52,17 +54,24 @@ def settings(schema: Any, prefix: str = "", kind: str = "") -> list[Setting]:
     found: list[Setting] = []
     for field in dataclasses.fields(schema):
         key, hint = f"{prefix}{field.name}", hints_of(schema)[field.name]
-        inner, factory = bare(hint), field.default_factory
+        inner = bare(hint)
         if tagged := tagged_of(hint):
             for name, member in tagged.table().items():
                 found += settings(member, f"{key}.", name)
         elif dataclasses.is_dataclass(inner):
             found += settings(inner, f"{key}.", kind)
         else:
-            default = field.default if factory is dataclasses.MISSING else factory()
             choices = typing.get_args(inner) if typing.get_origin(inner) is typing.Literal else ()
-            found.append(Setting(key, describe(hint), default, choices, _doc(schema, field.name), kind))
+            found.append(Setting(key, describe(hint), _default(field), choices, _doc(schema, field.name), kind))
     return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, given by `dataclasses.field` or pydantic's `Field`; `dataclasses.MISSING` where there is none."""
+    if isinstance(field.default, FieldInfo):
+        default = field.default.get_default(call_default_factory=True, validated_data={})
+        return dataclasses.MISSING if default is PydanticUndefined else default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def sections(schema: Any) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ..measure import cost
 from ..report.run_page import write_report, write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
-from ._processes import process_state
+from ._processes import on_cpu, process_state
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config
 from .engine import FitResult, fit
@@ -199,6 +199,7 @@ def _make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # a process may train one run after another, in other precisions
     try:
         return Accelerator(
+            cpu=on_cpu(),
             mixed_precision=config.train.precision,
             log_with=list(config.train.trackers) or None,
             project_dir=str(folder),

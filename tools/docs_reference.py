@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Reference pages from the code: a hook of mkdocs (see mkdocs.yml) that fills in `<!-- generated: NAME -->`.
+
+python tools/docs_reference.py NAME     # prints one part
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config, model_entrypoint
+
+import effvit_zoo
+from effvit_zoo.commands import COMMANDS
+from effvit_zoo.config import Setting, sections, settings
+from effvit_zoo.errors import OneLineParser
+from effvit_zoo.hub.index import published
+from effvit_zoo.measure import cost
+from effvit_zoo.pipelines.tosa import ToSAConfig
+from effvit_zoo.training.config import RunConfig
+
+WIDTH = 100
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def commands() -> str:
+    """Every command with its help; `train` without the settings, which have a page of their own."""
+    parts = []
+    for name, command in COMMANDS.items():
+        parser = OneLineParser(prog=f"effzoo {name}")
+        command.add_arguments(parser)
+        if name == "train":
+            parser.epilog = None
+        parts.append(f"## effzoo {name}\n\n{_help(parser)}")
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parts += [f"### {sub.prog.removeprefix('effzoo ')}\n\n{_help(sub)}" for sub in action.choices.values()]
+    return "\n\n".join(parts)
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    parser.formatter_class = functools.partial(parser.formatter_class, width=WIDTH)  # type: ignore[assignment]
+    return f"```text\n{parser.format_help().strip()}\n```"
+
+
+def run_settings() -> str:
+    """The settings of a run, a table per section and kind of task."""
+    rows, parts = settings(RunConfig), []
+    for name, doc in sections(RunConfig).items():
+        parts.append(f"## {name}\n\n{doc}")
+        own = [row for row in rows if row.key.startswith(f"{name}.")]
+        for kind in dict.fromkeys(row.kind for row in own):
+            heading = f"### {name} with kind: {kind}\n\n" if kind else ""
+            parts.append(heading + _settings_table(row for row in own if row.kind == kind))
+    return "\n\n".join(parts)
+
+
+def tosa_settings() -> str:
+    """The settings of the pipeline `tosa`, apart from the sections that it shares with a run."""
+    shared = ("model.", "data.", "optim.", "train.")
+    rows = [
+        row for row in settings(ToSAConfig) if not any(part in f".{row.key}." for part in (f".{s}" for s in shared))
+    ]
+    return _settings_table(rows)
+
+
+def _settings_table(rows: Iterable[Setting]) -> str:
+    cells = ((f"`{row.key}`", row.type, f"`{row.default_text}`", row.doc) for row in rows)
+    return table(("setting", "type", "default", "meaning"), cells)
+
+
+def models() -> str:
+    """All models, a table per family."""
+    families: dict[str, list[list[str]]] = {}
+    top1 = {row["weights"]: row["top1"] for row in published()}
+    for name in effvit_zoo.list_models():
+        family = model_entrypoint(name).__module__.rpartition(".")[2]
+        families.setdefault(family, []).append(_model_row(name, top1))
+    head = ("model", "parameters, M", "MACs, G", "input", "weights: top-1, %", "paper")
+    return "\n\n".join(f"## {family}\n\n{table(head, rows)}" for family, rows in families.items())
+
+
+def _model_row(name: str, top1: dict[str, float | None]) -> list[str]:
+    skeleton = cost.skeleton(name)
+    size = get_model_input_config(skeleton)["input_size"]
+    cfgs = get_arch_pretrained_cfgs(name).values()
+    weights = (
+        f"`{cfg.tag or 'default'}`" + (f": {top1[key]:.2f}" if top1.get(key := f"{name}.{cfg.tag}") else "")
+        for cfg in cfgs
+        if cfg.has_weights
+    )
+    return [
+        f"`{name}`",
+        f"{cost.count_params(skeleton) / 1e6:.2f}",
+        f"{cost.count_macs(skeleton) / 1e9:.3g}",
+        " x ".join(map(str, size[1:])),
+        "<br>".join(weights) or "-",
+        ", ".join(_paper(timm.get_pretrained_cfg(name).paper_ids)),
+    ]
+
+
+def _paper(ids: Any) -> list[str]:
+    texts = [ids] if isinstance(ids, str) else list(ids or ())
+    return [f"[{text.removeprefix('arXiv:')}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" for text in texts]
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "settings": run_settings,
+    "tosa": tosa_settings,
+    "models": models,
+}
+
+
+def fill_in(markdown: str) -> str:
+    """Markdown with `<!-- generated: NAME -->` replaced. Raises KeyError for an unknown name."""
+    return re.sub(r"<!-- generated: (\w+) -->", lambda found: PARTS[found.group(1)](), markdown)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs's event for the text of a page."""
+    return fill_in(markdown)
+
+
+if __name__ == "__main__":
+    print(PARTS[sys.argv[1]]())
