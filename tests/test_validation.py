@@ -123,4 +123,4 @@ def test_an_exported_file_keeps_to_its_size(model, photos, capsys):
     pytest.importorskip("onnxruntime")
     assert load_exported(str(model / "model.onnx")).shape == [None, 3, 32, 32]
     assert validate("--model", model / "model.onnx", "--img-size", 64, photos=photos) == 2
-    assert "was exported for 32 x 32 pixels, got --img-size 64" in capsys.readouterr().err
+    assert "it was exported for 32 x 32 pixels, got 64 x 64" in capsys.readouterr().err
