@@ -12,7 +12,7 @@ Layout: feature maps (B, C, H, W). Any image size.
 """
 
 import re
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype
@@ -180,7 +180,8 @@ class DistillationHead(nn.Linear):
         first: The model's `head` in a tuple, so that it does not become this module's child; `SwiftFormer` updates it with `head`.
     """
 
-    first: Tuple[nn.Module, ...] = ()
+    if TYPE_CHECKING:  # hidden from TorchScript, which would take it for an attribute's type
+        first: Tuple[nn.Module, ...]
 
     @torch.no_grad()
     def fuse(self) -> None:
