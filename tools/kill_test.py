@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from effvit_zoo.data.splits import open_source
+from effvit_zoo.data import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = [

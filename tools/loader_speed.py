@@ -20,12 +20,12 @@ def rate(settings: list[str], seconds: float) -> float:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write("model: {name: effzoo_vit_pico}\n")
         file.flush()
-        feed, _ = prepare(load_config(file.name, settings), 1)
-    batches = iter(feed.train_batches(0, 0, 10**6))
+        prepared = prepare(load_config(file.name, settings), 1)
+    batches = iter(prepared.feed.train_batches(0, 0, 10**6))
     next(batches)
     images, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        images += len(next(batches)["target"])
+        images += len(next(batches))
     return images / (time.perf_counter() - started)
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from effvit_zoo import config as strict
 from effvit_zoo import hub, to_tosa
-from effvit_zoo.data.splits import open_splits
+from effvit_zoo.data import open_splits
 from effvit_zoo.errors import OneLineParser, UserError, run_command
 from effvit_zoo.measure import cost
 from effvit_zoo.measure.host import processor_name
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of a finished ToSA training")
     parser.add_argument("--config", type=Path, default=CONFIG, help="(default: configs/tosa/dense_demo.yaml)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings that go before the config's")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], help="settings that override the config's")
     parser.add_argument("--output", type=Path, help="write the rows to FILE.json")
     args = parser.parse_args(argv)
     content = strict.read_yaml(args.config)

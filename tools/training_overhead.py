@@ -2,8 +2,9 @@
 """What the engine costs over a bare training loop: images per second of both, turn by turn, and memory over many steps.
 
 Both train the same timm model with the same transforms, loader workers, optimizer and batches. The bare loop has nothing else: no
-progress, no metrics, no guards, no schedule. Each turn has a process of its own, for the engine sets the allocator. Turns alternate and
-each side's median counts, so that other work on the machine falls on both; the processor time of the training process is compared too.
+progress, no metrics, no guards, no schedule. Each turn has a process of its own, with the allocator set as the training command sets it.
+Turns alternate and each side's median counts, so that other work on the machine affects both; the processor time of the training process
+is compared too.
 
     python tools/training_overhead.py                    # speed
     python tools/training_overhead.py --memory-steps 2000
@@ -27,9 +28,12 @@ import psutil
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import effvit_zoo  # registers effzoo_*
+from effvit_zoo.data import Batch
+from effvit_zoo.measure.allocator import keep_freed_memory
 from effvit_zoo.training.config import RunConfig, load_config
 from effvit_zoo.training.engine import fit
 from effvit_zoo.training.optim import make_optimizer
@@ -46,16 +50,15 @@ class Bare(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, target = self.source.load(index)
-        return self.transform(image), target
+        return self.transform(*self.source.load(index))
 
 
 def bare_rate(config: RunConfig, steps: int) -> tuple[float, float]:
     """Images per second, and per second of processor time, of a loop that does nothing but train."""
-    feed, task = prepare(config, 1)
-    dataset = Bare(feed.train.source, feed.train.transform)
-    model = task.model
-    model.train()
+    keep_freed_memory()
+    prepared: Any = prepare(config, 1)
+    dataset = Bare(prepared.feed.splits.train, prepared.feed.transforms.train)
+    model = prepared.model.train()
     optimizer = make_optimizer(model, config.optim)
     workers = config.data.num_workers or 0
     loader = DataLoader(
@@ -88,31 +91,37 @@ def engine_rate(
     config: RunConfig, steps: int, memory: list[tuple[int, float]] | None = None, every: int = 50
 ) -> tuple[float, float]:
     """As `bare_rate`, of the engine over its first steps; with `memory`, (step, MiB of this process) goes into it."""
-    feed, task = prepare(config, 1)
-    own_loss, process = task.loss, psutil.Process()
+    keep_freed_memory()
+    prepared = prepare(config, 1)
+    task, process = prepared.task, psutil.Process()
     images, step, started, rates = 0, -1, (0.0, 0.0), (0.0, 0.0)
 
-    def counted(batch: dict[str, Any]) -> Any:
-        nonlocal images, step, started, rates
-        step += 1
-        if step == 1:
-            started = _clocks()
-        if step == steps:
-            rates = _rates(images, started)
-            raise _Enough
-        if memory is not None and step % every == 0:
-            memory.append((step, process.memory_info().rss / 2**20))
-        images += len(batch["target"]) if step else 0
-        return own_loss(batch)
+    class Counted:
+        """The task, with its steps counted."""
 
-    task.loss = counted  # type: ignore[method-assign]
+        def trainable(self, model: nn.Module) -> nn.Module:
+            return task.trainable(model)
+
+        def loss(self, model: Any, batch: Batch) -> Any:
+            nonlocal images, step, started, rates
+            step += 1
+            if step == 1:
+                started = _clocks()
+            if step == steps:
+                rates = _rates(images, started)
+                raise _Enough
+            if memory is not None and step % every == 0:
+                memory.append((step, process.memory_info().rss / 2**20))
+            images += len(batch) if step else 0
+            return task.loss(model, batch)
+
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(_Enough),
     ):
-        fit(task, feed, config, Accelerator(), Path(folder))
+        fit(task, Counted(), prepared.model, prepared.feed, config, Accelerator(), Path(folder))
     return rates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,8 @@ def predict(
         raise UserError(f"topk must be at least 1, got {topk}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    transform, mode = preprocessing(model)
+    read = partial(_read, *preprocessing(model))
     model = model.to(device).eval()
-
-    def read(path: Path) -> Tensor | BadImage:
-        try:
-            return transform(open_image(path).convert(mode))
-        except BadImage as error:
-            return error
-
     remaining = iter(paths)
     with ThreadPoolExecutor(READERS) as readers:
         while batch := list(islice(remaining, batch_size)):
@@ -91,6 +85,13 @@ def predict(
                     output = model(torch.stack([image for _, image in good]).to(device))
                 for (path, _), rows in zip(good, task.predict(output, topk), strict=True):
                     yield Prediction(path, rows)
+
+
+def _read(transform: Callable[[Image.Image], Tensor], mode: str, path: Path) -> Tensor | BadImage:
+    try:
+        return transform(open_image(path).convert(mode))
+    except BadImage as error:
+        return error
 
 
 def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], str]:

@@ -67,7 +67,7 @@ class Pipeline:
         """Reads the YAML, applies `section.key=value` overrides and validates it, the stages' configs included. Raises `UserError`."""
         content = strict.read_yaml(path)
         strict.apply_overrides(content, overrides)
-        config = strict.parse(self.Config, content)
+        config: Any = strict.parse(self.Config, content)
         for stage in self.stages:
             stage.run_config(config, Path())
         return config

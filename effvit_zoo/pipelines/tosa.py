@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,13 +52,13 @@ Ratios = Annotated[tuple[Ratio, ...], Field(min_length=1)]
 class StageConfig:
     """A stage of the pipeline."""
 
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batches and precision."""
-    task: dict[str, Any] = Field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
     """Settings of the task that override the pipeline's."""
-    augment: dict[str, Any] = Field(default_factory=dict)
+    augment: dict[str, Any] = field(default_factory=dict)
     """Augmentation settings that override the pipeline's."""
 
 
@@ -93,13 +94,13 @@ class ToSAConfig:
     """Name of the pipeline."""
     model: ModelConfig
     """Model of the first stage."""
-    data: DataConfig = Field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     """Data of all stages."""
-    task: dict[str, Any] = Field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
     """Task of all stages, as in the config of a run."""
-    augment: dict[str, Any] = Field(default_factory=dict)
+    augment: dict[str, Any] = field(default_factory=dict)
     """Augmentation of all stages, as in the config of a run."""
-    selector: SelectorConfig = Field(default_factory=SelectorConfig)
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
     """Shape of the selectors."""
     attention_ratio: Ratio = 0.5
     """Attention ratio at which stages 2 and 3 are validated, and with which the finished model is saved."""
@@ -107,9 +108,9 @@ class ToSAConfig:
     """Attention ratios that are compared at the end."""
     dense: StageConfig | None = None
     """First stage; None where the model brings trained weights for the data's classes."""
-    selectors: StageConfig = Field(default_factory=StageConfig)
+    selectors: StageConfig = field(default_factory=StageConfig)
     """Second stage."""
-    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Third stage."""
 
 
@@ -184,7 +185,7 @@ def _given_model(config: ToSAConfig) -> Any:
 class SelectorObjective:
     """Stage 2: KL divergence of each selector's map from the next layer's true one; the rest is frozen and in eval mode."""
 
-    def trainable(self, model: nn.Module) -> nn.Module:
+    def trainable(self, model: Any) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("selectors."))
         return SelectorLosses(model)
@@ -206,7 +207,8 @@ class SampledRatio:
         for name, parameter in model.named_parameters():
             if name.startswith("selectors."):
                 parameter.requires_grad_(False)
-        return AtRatio(self.objective.trainable(model))
+        inner: Any = self.objective.trainable(model)
+        return AtRatio(inner)
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = self.ratios[int(torch.randint(len(self.ratios), ()))]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from .. import hub
 from ..config import section
 from ..data import (
+    AnySource,
     Batch,
     DataConfig,
     DataSplits,
+    ImageSource,
     Measured,
-    Source,
-    StreamSource,
     Transforms,
     open_measured,
     open_splits,
@@ -135,12 +135,11 @@ class Classification(Task):
     def for_training(
         cls, config: ClassificationConfig, augment: ClassificationAugment, splits: DataSplits
     ) -> Classification:
-        names = splits.class_names
-        weights = None
+        names, train, weights = splits.class_names, splits.train, None
         if config.class_weights:
-            if isinstance(splits.train, StreamSource):
-                raise UserError(f"task.class_weights: {splits.train.title} is a stream, its classes can't be counted")
-            weights = balanced_weights(splits.train.targets, len(names))
+            if not isinstance(train, ImageSource):
+                raise UserError(f"task.class_weights: {train.title} is a stream, its classes can't be counted")
+            weights = balanced_weights(train.targets, len(names))
         return cls(len(names), config, augment, labels=names, class_weights=weights)
 
     @classmethod
@@ -150,7 +149,7 @@ class Classification(Task):
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
         return cls(num_classes, labels=hub.label_names(model), shown=hub.class_names(model))
 
-    def align(self, source: Source) -> Source:
+    def align(self, source: Any) -> AnySource:
         order = hub.class_order(source.class_names, self.labels, self.num_classes)
         return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32))
 
@@ -158,7 +157,7 @@ class Classification(Task):
         return image_transforms(self.augment, data_config)
 
     def data_notes(self, splits: DataSplits) -> list[str]:
-        if isinstance(splits.train, StreamSource):
+        if not isinstance(splits.train, ImageSource):
             return []
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
         if counts.max() < UNEQUAL * counts.min():

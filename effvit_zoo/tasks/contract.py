@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import section
-from ..data import Batch, DataConfig, DataSplits, Measured, Source, Transforms
+from ..data import AnySource, Batch, DataConfig, DataSplits, Measured, Transforms
 from ..hub import CardFacts
 
 
@@ -179,7 +179,7 @@ class Task(ABC):
     def for_model(cls, model: nn.Module) -> Task:
         """The task of a model that exists. Raises `UserError` where the model can't do it."""
 
-    def align(self, source: Source) -> Source:
+    def align(self, source: AnySource) -> AnySource:
         """A source whose targets mean what the model's outputs mean, e.g. class indices in the model's order. Raises `UserError`."""
         return source
 

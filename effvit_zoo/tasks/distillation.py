@@ -13,6 +13,7 @@ with its second classifier.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ class DistillConfig:
 
     teacher: str | None = None
     """Teacher, a model as in model.name, with its weights; None for no distillation."""
-    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further constructor arguments of the teacher."""
     kind: Literal["hard", "soft", "token"] = "hard"
     """Target from the teacher: its first choice (hard), its probabilities (soft), or its first choice for the student's own
