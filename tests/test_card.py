@@ -79,7 +79,8 @@ def test_what_was_recorded_is_said(the_hub, run):
     row = {"model": str(run), "data": "/home/ada/elsewhere", "split": "test", "images": 1234, "input_size": [3, 32, 32]}
     larger = row | {"input_size": [3, 64, 64], "top1": 47.5, "top5": 81.25}
     other = row | {"model": str(run / "last"), "top1": 33.5}
-    (run / "validation.json").write_text(json.dumps([row | {"top1": 44.5, "top5": 80.25}, larger, other]))
+    same = row | {"data": "/home/ada/photos/birds/", "split": "held-out part", "top1": 61.23451, "top5": 98.76541}
+    (run / "validation.json").write_text(json.dumps([same, row | {"top1": 44.5, "top5": 80.25}, larger, other]))
     push(run, NAME, license="cc-by-4.0")
     text = pushed_card(the_hub)
     read = ModelCard(text).data

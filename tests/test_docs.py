@@ -48,7 +48,19 @@ RUN = [*TINY, "model.pretrained=false", "data.num_workers=0", "data.img_size=32"
 LATER_STAGES = [f"{stage}.{setting}" for stage in ("selectors", "finetune") for setting in TINY]
 DENSE = [*(f"dense.{setting}" for setting in TINY), "dense.optim.warmup_epochs=0"]
 PIPELINE = ["data.root=photos", "data.num_workers=0", "data.img_size=32", *LATER_STAGES]
-ATTENTION = ["--mechanisms", "sdpa", "hydra", "--tokens", "64", "128", "--repeats", "1", "--dtype", "float32", "--no-backward"]
+ATTENTION = [
+    "--mechanisms",
+    "sdpa",
+    "hydra",
+    "--tokens",
+    "64",
+    "128",
+    "--repeats",
+    "1",
+    "--dtype",
+    "float32",
+    "--no-backward",
+]
 SMALLER = {
     ("validate",): ["--workers", "0"],
     ("benchmark", "attention"): ATTENTION,

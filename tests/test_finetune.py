@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import effvit_zoo
 from effvit_zoo import hub
-from effvit_zoo.data import Batch, BatchPlan
+from effvit_zoo.data import Batch
+from effvit_zoo.data.plan import BatchPlan
 from effvit_zoo.errors import UserError
 from effvit_zoo.tasks import Classification
 from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weights, per_class

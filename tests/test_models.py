@@ -32,7 +32,6 @@ RUN = [
     "effzoo_edgenext_xx_small_bn_hs",
     "effzoo_efficientvit_b0",
     "effzoo_efficientvit_l1",
-    "effzoo_swiftformer_xs",
     "effzoo_swin_tiny_patch4_window7_224",
     "effzoo_vit_tiny",  # its plain patch embedding is that of every size but pico
     *(name for name in ALL if name.endswith("_pico")),

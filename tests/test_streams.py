@@ -366,5 +366,5 @@ def test_training_on_uneven_shards(tmp_path):
         "3",
     ]
     assert effzoo(["validate", *arguments, "--results-file", str(tmp_path / "result.json")]) == 0
-    (validated,) = json.loads((tmp_path / "result.json").read_text())
+    validated = json.loads((tmp_path / "result.json").read_text())
     assert (validated["images"], validated["bad_files"]) == (12, 1)

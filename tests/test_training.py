@@ -86,7 +86,7 @@ def test_a_run_leaves_what_was_promised(photos, config, tmp_path, capsys):
         ["validate", "--model", str(output), "--data", str(photos), "--results-file", str(results), "--workers", "0"]
     )
     assert code == 0
-    assert json.loads(results.read_text())[0]["top1"] == summary["top1"]
+    assert json.loads(results.read_text())["top1"] == summary["top1"]
 
 
 @pytest.mark.parametrize("cut", [2, 7, 12])
@@ -152,7 +152,7 @@ def test_unreadable_files_are_named_once_and_counted(photos, config, tmp_path, c
     results = tmp_path / "results.json"  # on the same images that the run held out
     command = ["validate", "--model", str(tmp_path / "run"), "--data", str(root), "--results-file", str(results)]
     assert effzoo([*command, "--workers", "0"]) == 0
-    assert json.loads(results.read_text())[0]["top1"] == summary["top1"]
+    assert json.loads(results.read_text())["top1"] == summary["top1"]
     capsys.readouterr()
     assert run(config, tmp_path / "strict", f"data.root={root}", "data.on_bad_file=raise") == 2
     assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1

@@ -61,9 +61,8 @@ def _explain(schema: Any, content: Any, error: Mapping[str, Any], where: str) ->
         return reason
     if error["type"] == "unexpected_keyword_argument":
         prefix = key[: key.rfind(".") + 1]
-        return unknown_choice(
-            "config key", key, [*(f"{prefix}{name}" for name in hints_of(owner)), *_homes(schema, key, where)]
-        )
+        beside = [f"{prefix}{name}" for name in hints_of(owner)]
+        return unknown_choice("config key", key, _homes(schema, key, where) or beside)
     if error["type"] == "unknown_kind" and (tagged := tagged_of(hint)):
         return unknown_choice(key.rpartition(".")[2], str(value[tagged.tag]), list(tagged.table()))
     if error["type"] == "missing" and key.endswith(str(error["loc"][-1])):  # and not an item of a tuple

@@ -35,13 +35,11 @@ class Candidate:
         name: Name in the results.
         build: Makes the model, anew for every input size: position tables that were resized once are not what they were.
         record: What the model folder recorded of its training (`EXTRA_KEY` of its config.json).
-        img_size: (height, width) that an exported file is fixed to, None where any size may be tried.
     """
 
     name: str
     build: Callable[[], Any]
     record: Mapping[str, Any] = field(default_factory=dict)
-    img_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,6 @@ def _resized(candidate: Candidate, model: Any, options: Options, img_size: int |
     data_config: dict[str, Any] = resolve_data_config(overrides, model=model)
     if img_size is None:
         return data_config
-    fixed = candidate.img_size
-    if fixed is not None and fixed != (img_size, img_size):
-        raise UserError(
-            f"{candidate.name} was exported for {fixed[0]} x {fixed[1]} pixels, got an image size of {img_size}"
-        )
     if hasattr(model, "set_input_size"):
         try:
             model.set_input_size(img_size=img_size)

@@ -6,6 +6,7 @@ Everything below the last line of a generated card belongs to its readers: a lat
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,13 +94,19 @@ class _Records:
         return (cfg.hf_hub_id or name) if cfg else name
 
     def measured(self, metrics: Mapping[str, object]) -> list[dict[str, Any]]:
-        """Results, each with data and split: that of training, then those of later validations."""
+        """Results, each with data and split: that of training, then those of later validations that differ."""
         own = {key: self.extra.get(key, self.summary.get(key)) for key in metrics}
         rows = [{"data": self.data, "split": self.split, **own}, *self.validation]
         rows = [
             row | {"split": str(row.get("split") or "validation")} for row in rows if isinstance(row.get("data"), str)
         ]
-        return [row for row in rows if any(_is_number(row.get(key)) for key in metrics)]
+        found: list[dict[str, Any]] = []
+        for row in rows:
+            keys = [key for key in metrics if _is_number(row.get(key))]
+            known = (other for other in found if _data_set(other["data"]) == _data_set(row["data"]))
+            if keys and not any(all(_is_close(row[key], other.get(key)) for key in keys) for other in known):
+                found.append(row)
+        return found
 
 
 def make(
@@ -293,6 +300,10 @@ def _origin(records: _Records) -> list[str]:
 def escaped(text: str) -> str:
     """Text for a Markdown table or paragraph, on one line."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
+
+
+def _is_close(value: float, other: Any) -> bool:
+    return _is_number(other) and math.isclose(value, other, rel_tol=1e-5)
 
 
 def _is_number(value: object) -> bool:

@@ -72,6 +72,8 @@ def save(
     folder = Path(folder).resolve()
     if not isinstance(getattr(model, "pretrained_cfg", None), dict):
         raise ValueError(f"expected a model made by timm.create_model, got {type(model).__name__}")
+    if not model.state_dict():
+        raise ValueError(f"{type(model).__name__} holds no weights: save the model that it was made from")
     if not folder.exists() and _previous(folder).is_dir():
         _previous(folder).rename(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / MODEL_CONFIG).is_file() or not any(folder.iterdir()))):

@@ -12,7 +12,7 @@ Layout: feature maps (B, C, H, W). Any image size.
 """
 
 import re
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype
@@ -180,7 +180,8 @@ class DistillationHead(nn.Linear):
         first: The model's `head` in a tuple, so that it does not become this module's child; `SwiftFormer` updates it with `head`.
     """
 
-    first: Tuple[nn.Module, ...] = ()
+    if TYPE_CHECKING:  # hidden from TorchScript, which would take it for an attribute's type
+        first: Tuple[nn.Module, ...]
 
     @torch.no_grad()
     def fuse(self) -> None:
@@ -315,9 +316,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return renamed
 
 
-def _cfg(hf_hub_id: str) -> Dict[str, Any]:
-    return imagenet_cfg(
-        hf_hub_id=hf_hub_id,
+def _cfg(**overrides: Any) -> Dict[str, Any]:
+    cfg = imagenet_cfg(
         crop_pct=0.95,
         classifier=("head", "head_dist"),
         license="apache-2.0",
@@ -325,21 +325,29 @@ def _cfg(hf_hub_id: str) -> Dict[str, Any]:
         paper_name="SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications",
         paper_ids="arXiv:2303.15446",
     )
+    return {**cfg, **overrides}
 
 
 # ImageNet-1k with hard distillation from RegNetY-16GF, hosted by timm
 default_cfgs = generate_default_cfgs(
     {
-        "effzoo_swiftformer_xs.dist_in1k": _cfg("timm/swiftformer_xs.dist_in1k"),
-        "effzoo_swiftformer_s.dist_in1k": _cfg("timm/swiftformer_s.dist_in1k"),
-        "effzoo_swiftformer_l1.dist_in1k": _cfg("timm/swiftformer_l1.dist_in1k"),
-        "effzoo_swiftformer_l3.dist_in1k": _cfg("timm/swiftformer_l3.dist_in1k"),
+        "effzoo_swiftformer_xs.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_xs.dist_in1k"),
+        "effzoo_swiftformer_s.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_s.dist_in1k"),
+        "effzoo_swiftformer_l1.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_l1.dist_in1k"),
+        "effzoo_swiftformer_l3.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_l3.dist_in1k"),
+        "effzoo_swiftformer_pico": _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, kwargs: Dict[str, Any], **sizes: Sequence[int]) -> SwiftFormer:
     return build(SwiftFormer, variant, pretrained, checkpoint_filter_fn, sizes, **kwargs)
+
+
+@register_model
+def effzoo_swiftformer_pico(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
+    """Not in the paper: XS with 7 blocks instead of 16, for images of about 32 pixels, tests and the quickstart."""
+    return _create("effzoo_swiftformer_pico", pretrained, kwargs, depths=(2, 2, 2, 1), embed_dims=(48, 56, 112, 220))
 
 
 @register_model

@@ -58,7 +58,7 @@ def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> T
         ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
+        color_jitter=augment.color_jitter or None,  # 0.0 would build a transform that changes nothing
         auto_augment=augment.auto_augment,
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
