@@ -1,4 +1,4 @@
-"""Forty kinds of bad input to train.py, validate.py and the benchmarks: each is one line on stderr and exit code 2, and no run folder is left."""
+"""Kinds of bad input to train.py, validate.py and the benchmarks: each is one line on stderr and exit code 2, and leaves no run folder."""
 
 import json
 
