@@ -51,6 +51,8 @@ def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> T
         augment: Settings of the training transform, and the side lengths of multi-scale training.
         data_config: timm's preprocessing settings.
     """
+    # 0.0 would build a transform that changes nothing; timm takes None, which its annotation leaves out
+    color_jitter: Any = augment.color_jitter or None
     make = functools.partial(
         create_transform,
         is_training=True,
@@ -58,7 +60,7 @@ def image_transforms(augment: ImageAugment, data_config: Mapping[str, Any]) -> T
         ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,  # 0.0 would build a transform that changes nothing
+        color_jitter=color_jitter,
         auto_augment=augment.auto_augment,
         interpolation=data_config["interpolation"],
         mean=data_config["mean"],
