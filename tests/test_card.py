@@ -80,7 +80,8 @@ def test_what_was_recorded_is_said(the_hub, run):
     larger = row | {"input_size": [3, 64, 64], "top1": 47.5, "top5": 81.25}
     other = row | {"model": str(run / "last"), "top1": 33.5}
     same = row | {"data": "/home/ada/photos/birds/", "split": "held-out part", "top1": 61.23451, "top5": 98.76541}
-    (run / "validation.json").write_text(json.dumps([same, row | {"top1": 44.5, "top5": 80.25}, larger, other]))
+    fewer = {"images": 77, "top1": 44.5, "top5": 80.25}  # another folder of the name, by chance with the same accuracy
+    (run / "validation.json").write_text(json.dumps([same, row | fewer, row | fewer | {"images": 1234}, larger, other]))
     push(run, NAME, license="cc-by-4.0")
     text = pushed_card(the_hub)
     read = ModelCard(text).data
@@ -96,6 +97,7 @@ def test_what_was_recorded_is_said(the_hub, run):
         ("elsewhere", "test", "Top-1 accuracy, %"): 44.5,
         ("elsewhere", "test", "Top-5 accuracy, %"): 80.25,
     }
+    assert "(elsewhere, test, 77 images)" in text
     for said in (
         *("61.23", "98.77", "0.23 M", "0.014 G", "4,321", "988 s on 2 x Abacus 9000", "765 training images per second"),
         *("torch 2.14.1", "lr: 0.00123", "effzoo pull ada/birds && cd birds\n"),

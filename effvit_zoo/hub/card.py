@@ -103,10 +103,16 @@ class _Records:
         found: list[dict[str, Any]] = []
         for row in rows:
             keys = [key for key in metrics if _is_number(row.get(key))]
-            known = (other for other in found if _data_set(other["data"]) == _data_set(row["data"]))
+            known = (other for other in found if self._is_same_set(row, other))
             if keys and not any(all(_is_close(row[key], other.get(key)) for key in keys) for other in known):
                 found.append(row)
         return found
+
+    def _is_same_set(self, row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """Whether two results may be of the same images at the same size: one data set and, where both say it, one number of images."""
+        counts = {row.get("images"), other.get("images")} - {None}
+        same = _data_set(row["data"]) == _data_set(other["data"]) and _size_of(row, self) == _size_of(other, self)
+        return same and len(counts) <= 1
 
 
 def make(
