@@ -61,19 +61,22 @@ ATTENTION = [
     "float32",
     "--no-backward",
 ]
+BACKBONES = [
+    "--models",
+    "swiftformer_xs",
+    "--batch-sizes",
+    "1",
+    "--img-size",
+    "64",
+    "--train-batch",
+    "0",
+    "--repeats",
+    "1",
+]
 SMALLER = {
     ("validate",): ["--workers", "0"],
     ("benchmark", "attention"): ATTENTION,
-    ("benchmark", "backbones"): [
-        "--models",
-        "swiftformer_xs",
-        "--batch-sizes",
-        "1",
-        "--train-batch",
-        "0",
-        "--repeats",
-        "1",
-    ],
+    ("benchmark", "backbones"): BACKBONES,
     ("benchmark", "tosa"): ["--model", "effzoo_vit_pico", "--img-sizes", "32", "--repeats", "1", "--runtimes"],
 }
 """First words of a command -> arguments that make it small."""
