@@ -70,10 +70,7 @@ def save(
         OSError: The disk is full or not writable; the previous folder is untouched.
     """
     folder = Path(folder).resolve()
-    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        raise ValueError(f"expected a model made by timm.create_model, got {type(model).__name__}")
-    if not model.state_dict():
-        raise ValueError(f"{type(model).__name__} holds no weights: save the model that it was made from")
+    _require_weights(model)
     if not folder.exists() and _previous(folder).is_dir():
         _previous(folder).rename(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / MODEL_CONFIG).is_file() or not any(folder.iterdir()))):
@@ -94,6 +91,14 @@ def save(
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return folder
+
+
+def _require_weights(model: nn.Module) -> None:
+    """Raises `ValueError` for a model that timm didn't make, or a deployed form of one."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise ValueError(f"expected a model made by timm.create_model, got {type(model).__name__}")
+    if not model.state_dict():
+        raise ValueError(f"{type(model).__name__} holds no weights: save the model that it was made from")
 
 
 def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
