@@ -47,6 +47,15 @@ def unknown_choice_text(kind: str, got: str, known: Sequence[str]) -> str:
     return f"unknown {kind} {got!r}: {hint}"
 
 
+def check_positive(args: argparse.Namespace, *options: str) -> None:
+    """Raises `UserError` for an option, or one of its values, that is below 1; `None` passes."""
+    for option in options:
+        given = getattr(args, option)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if value is not None and value < 1:
+                raise UserError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """ArgumentParser whose complaints are a `UserError`, so that they come out like all others."""
 

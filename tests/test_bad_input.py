@@ -1,4 +1,4 @@
-"""Forty kinds of bad input to train.py and validate.py: each is one line on stderr and exit code 2, and no run folder is left."""
+"""Kinds of bad input to train.py, validate.py and the benchmarks: each is one line on stderr and exit code 2, and leaves no run folder."""
 
 import json
 
@@ -83,6 +83,7 @@ VALIDATING = {
     "no batch": (["--model", "{two}", "--batch-size", "0"], "--batch-size must be at least 1"),
     "negative size": (["--model", "{two}", "--img-size", "-3"], "--img-size must be at least 1"),
     "size that doesn't fit": (["--model", "{two}", "--img-size", "30"], "can't take images of 30 pixels"),
+    "size below the smallest": (["--model", "{conv}", "--img-size", "8"], "needs images of at least 32 x 32 pixels, got 8 x 8"),
     "crop of nothing": (["--model", "{two}", "--crop-pct", "0"], "--crop-pct must lie in (0, 1]"),
     "more classes than the model": (["--model", "{two}", "--data", "builtin:fashion-mnist-mini"], "has 10 classes, the model 2"),
     "classes that the model doesn't know": (["--model", "{animals}"], "the model doesn't know 1 of the data's 2 classes"),
@@ -90,6 +91,17 @@ VALIDATING = {
     "damaged exported file": (["--model", "{cut.onnx}", "--like", "{two}"], "cannot open"),
     "exported file without its config": (["--model", "{cut.onnx}"], "no preprocessing config found for"),
     "model without a classifier": (["--model", "{headless}"], "has no classifier to predict with"),
+}  # fmt: skip
+
+
+BENCHMARKING = {
+    "unknown backbone": (["backbones", "--models", "nothing"], "unknown model 'nothing'"),
+    "no thread": (["backbones", "--threads", "0"], "--threads must be at least 1, got 0"),
+    "image below the smallest": (["backbones", "--models", "edgenext_small", "--img-size", "8"], "can't take images of 8 x 8 pixels"),
+    "image below a patch": (["backbones", "--models", "swin_tiny_patch4_window7_224", "--img-size", "2"], "of 2 pixels"),
+    "no call": (["tosa", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+    "no token": (["attention", "--tokens", "196", "0"], "--tokens must be at least 1, got 0"),
+    "not a ViT": (["tosa", "--model", "effzoo_swiftformer_pico"], "the model takes no argument 'img_size'"),
 }  # fmt: skip
 
 
@@ -118,12 +130,13 @@ def places(tmp_path_factory):
     for path in (root / "rotten").rglob("*.png"):
         path.write_bytes(path.read_bytes()[:60])
 
-    def model(name, classes, labels=None):
+    def model(name, classes, labels=None, architecture="effzoo_vit_pico"):
         torch.manual_seed(0)
-        built = effvit_zoo.create_model("effzoo_vit_pico", num_classes=classes)
+        built = effvit_zoo.create_model(architecture, num_classes=classes)
         return hub.save(built, root / name, label_names=labels)
 
     model("two", 2)
+    model("conv", 2, architecture="effzoo_edgenext_xx_small")
     model("seven", 7)
     model("headless", 0)
     model("animals", 3, ["blue", "cat", "dog"])
@@ -178,3 +191,9 @@ def test_validating(kind, places, capsys):
     if "--data" not in arguments:
         arguments += ["--data", str(places / "photos")]
     check_one_line(effzoo(["validate", *arguments, "--workers", "0"]), capsys, message)
+
+
+@pytest.mark.parametrize("kind", BENCHMARKING)
+def test_benchmarking(kind, capsys):
+    arguments, message = BENCHMARKING[kind]
+    check_one_line(effzoo(["benchmark", *arguments]), capsys, message)

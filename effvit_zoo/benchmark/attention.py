@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import TOKEN_MIXERS, MixerShape, TokenMixer
 from ..attention.softmax import naive_softmax_attention
-from ..errors import UserError, unknown_choice
+from ..errors import check_positive, unknown_choice
 from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
 from ..measure.timing import time_in_turns
@@ -103,11 +103,7 @@ def run(args: argparse.Namespace) -> None:
     for name in args.mechanisms:
         if name not in MECHANISMS:
             raise unknown_choice("mechanism", name, list(MECHANISMS))
-    for option in ("heads", "dim", "threads", "repeats"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option}: expected 1 or more, got {getattr(args, option)}")
-    if min(args.tokens) < 1:
-        raise UserError(f"--tokens: expected 1 or more, got {min(args.tokens)}")
+    check_positive(args, "heads", "dim", "tokens", "threads", "repeats")
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console(150)

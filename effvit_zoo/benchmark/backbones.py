@@ -21,6 +21,7 @@ from rich.table import Table
 from timm.models import reparameterize_model
 from torch import nn
 
+from ..errors import UserError, check_positive, one_line, unknown_choice
 from ..export.optimize import COMPILED_FORMS, EAGER_FORMS, RUNTIME_FORMS, optimize_for_inference
 from ..measure import cost
 from ..measure.allocator import keep_freed_memory
@@ -28,6 +29,7 @@ from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
 from ..measure.timing import time_in_turns
 from ..report.rows import check_output, make_console, write_rows
+from ..training.run import try_size
 
 MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
 MEMORY_SIDE = 1024
@@ -55,6 +57,12 @@ def run(args: argparse.Namespace) -> None:
     Memory that is freed is kept, as `train.py` does: otherwise page faults take a quarter of a training step or more, and how many of
     them a model gets changes from run to run.
     """
+    known = [name.removeprefix("effzoo_") for name in timm.list_models("effzoo_*")]
+    known = [name for name in known if timm.is_model(name)]
+    for name in args.models:
+        if name not in known:
+            raise unknown_choice("model", name, known)
+    check_positive(args, "batch_sizes", "img_size", "threads", "repeats")
     check_output(args.output)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
@@ -83,16 +91,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def same_weights(name: str, img_size: int) -> tuple[nn.Module, nn.Module]:
-    """timm's model and ours with the same weights and with random BatchNorm statistics, in eval mode."""
+    """timm's model and ours with the same weights and with random BatchNorm statistics, in eval mode.
+
+    Raises:
+        UserError: The model can't take images of that size.
+    """
     sized: dict[str, Any] = {"img_size": img_size} if name.startswith("swin") else {}
-    theirs = timm.create_model(name, **sized).eval()
+    try:
+        theirs, ours = (timm.create_model(prefix + name, **sized).eval() for prefix in ("", "effzoo_"))
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{name} can't take images of {img_size} pixels: {one_line(error)}") from error
     generator = torch.Generator().manual_seed(0)
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1, generator=generator)  # type: ignore[union-attr]
             module.running_var.uniform_(0.8, 1.2, generator=generator)  # type: ignore[union-attr]
-    ours = timm.create_model(f"effzoo_{name}", **sized).eval()
     ours.load_state_dict(theirs.state_dict())
+    try_size(ours, (3, img_size, img_size), name)
     return theirs, ours
 
 

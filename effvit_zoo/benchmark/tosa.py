@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import hub, run_folder
 from ..attention.token_select import number_selected, select_tokens, token_importance
 from ..data import Batch, Feed, readable
-from ..errors import UserError
+from ..errors import UserError, check_positive
 from ..export import TARGETS
 from ..export.deployed import run_in
 from ..measure import cost
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`."""
+    check_positive(args, "img_sizes", "batch_size", "threads", "repeats")
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console()

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, check_positive
 from ..report.rows import check_output, print_table, shown, write_rows
 from ..run_folder import EXTRA_KEY, VALIDATION, read_json, run_of, write_json
 from ._arguments import MODEL_HELP
@@ -124,10 +124,7 @@ def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:
 def _check(args: argparse.Namespace) -> None:
     """Raises `UserError` for an argument out of range."""
     check_output(args.results_file, "--results-file")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if min(args.img_size or [1]) < 1:
-        raise UserError(f"--img-size must be at least 1, got {' '.join(map(str, args.img_size))}")
+    check_positive(args, "batch_size", "img_size")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop-pct must lie in (0, 1], got {args.crop_pct}")
 

@@ -107,8 +107,8 @@ def validate_one(candidate: Candidate, data: str, options: Options, img_size: in
     bad: dict[str, str] = {}
     try:
         result = _measure(model, task, measured, data_config, options, bad)
-    except (RuntimeError, AssertionError) as error:
-        if img_size is None:
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if img_size is None or isinstance(error, UserError):
             raise
         raise UserError(f"{candidate.name} can't take images of {img_size} pixels: {one_line(error)}") from error
     counted = any(True for _ in model.parameters())

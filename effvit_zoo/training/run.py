@@ -219,7 +219,7 @@ def prepare(config: RunConfig, num_processes: int) -> Prepared:
     model = build_model(config, task)
     data_config = _data_config(config, model, in_chans)
     for shape in (data_config["input_size"], *((in_chans, side, side) for side in augment.sizes)):
-        _try_size(model, shape, config.model.name)
+        try_size(model, shape, config.model.name)
     feed = make_feed(
         splits,
         task.transforms(data_config),
@@ -270,8 +270,8 @@ def build_model(config: RunConfig, task: Task | None) -> nn.Module:
     return model
 
 
-def _try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
-    """Runs the model on one black image, so that a size that it can't take is reported before anything is written."""
+def try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
+    """Runs the model on one black image, so that a size that it can't take is a `UserError` at the start."""
     was_training = model.training
     device = next(model.parameters()).device
     try:
