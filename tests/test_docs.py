@@ -61,19 +61,22 @@ ATTENTION = [
     "float32",
     "--no-backward",
 ]
+BACKBONES = [
+    "--models",
+    "swiftformer_xs",
+    "--batch-sizes",
+    "1",
+    "--img-size",
+    "64",
+    "--train-batch",
+    "0",
+    "--repeats",
+    "1",
+]
 SMALLER = {
     ("validate",): ["--workers", "0"],
     ("benchmark", "attention"): ATTENTION,
-    ("benchmark", "backbones"): [
-        "--models",
-        "swiftformer_xs",
-        "--batch-sizes",
-        "1",
-        "--train-batch",
-        "0",
-        "--repeats",
-        "1",
-    ],
+    ("benchmark", "backbones"): BACKBONES,
     ("benchmark", "tosa"): ["--model", "effzoo_vit_pico", "--img-sizes", "32", "--repeats", "1", "--runtimes"],
 }
 """First words of a command -> arguments that make it small."""
@@ -109,7 +112,9 @@ def blocks(page):
     assert len(found) == len(re.findall("^```", text, re.MULTILINE)) / 2, f"{page}: a fence that is not understood"
     for match in found:
         comments = tuple(re.findall(r"<!-- (.+) -->", match[1]))
-        code = re.sub(r'^--8<-- "(.+)"$', lambda snippet: (ROOT / snippet[1]).read_text(), match[4], flags=re.MULTILINE)
+        code = re.sub(
+            r"^--8<--\n(.+)\n--8<--$", lambda snippet: (ROOT / snippet[1]).read_text(), match[4], flags=re.MULTILINE
+        )
         yield Block(page, text[: match.start(2)].count("\n") + 1, match[2], match[3] or "", code, comments)
 
 
