@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
 ROOMS = [
-    *("errors", "version", "measure", "viz", "run_folder", "config"),
+    *("errors", "version", "measure", "run_folder", "viz", "config"),
     *("attention", "data", "models", "hub", "tasks", "evaluation", "export", "report"),
     *("training", "pipelines", "benchmark", "commands", "cli", "__init__", "__main__"),
 ]

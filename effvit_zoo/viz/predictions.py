@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..run_folder import replacing
 from . import style
 
 MIN_WIDTH, MAX_SIDE = 320, 1600
@@ -81,7 +82,7 @@ def captioned_grid(images: Sequence[Image.Image], captions: Sequence[tuple[str, 
             text_font = style.font(size, bold=line == 0)
             text_y = y + GRID_CELL + 4 + line * round(1.4 * size)
             draw.text((x, text_y), _cut(draw, text, text_font, GRID_CELL), font=text_font, fill=style.INK)
-    with style.replacing(Path(path)) as writing:
+    with replacing(Path(path)) as writing:
         sheet.save(writing, format="PNG")
 
 

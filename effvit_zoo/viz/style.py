@@ -5,7 +5,6 @@ Figures are drawn on their own canvas; pyplot, its current figure and the caller
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +18,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import ImageFont
+
+from ..run_folder import replacing
 
 INK, QUIET, RULE, PAPER = "#22272e", "#6b7480", "#d9dde2", "#ffffff"
 BLUE, ORANGE, GREEN = "#2f6db0", "#d4682a", "#3d8f5f"
@@ -53,17 +54,6 @@ _RC: Any = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
 }
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends without an error: a figure is complete or absent."""
-    writing = path.with_name(f".{path.name}.writing")
-    try:
-        yield writing
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
 
 
 @contextmanager
