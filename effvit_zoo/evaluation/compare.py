@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,12 +52,14 @@ class Options:
         crop_pct: Share of the resized image that is evaluated; None for the model's.
         batch_size: Images per forward pass.
         num_workers: Loader processes; None for one per core, at most 8.
+        by_position: Class number n of the data is number n of the model, whatever their names.
     """
 
     split: str = "auto"
     crop_pct: float | None = None
     batch_size: int = 128
     num_workers: int | None = None
+    by_position: bool = False
 
 
 def validate(
@@ -156,7 +159,9 @@ def _measure(
     options: Options,
     bad: dict[str, str],
 ) -> Any:
-    source = task.align(measured.source)
+    source, remark = task.align(measured.source, options.by_position)
+    if remark:
+        tqdm.write(remark, file=sys.stderr)
     transforms = task.transforms(data_config)
     accelerator = Accelerator(cpu=next(model.parameters(), None) is None)
     loader = validation_batches(source, transforms.val, options.batch_size, worker_count(options.num_workers, 1))

@@ -5,7 +5,9 @@ Keys that nothing here reads are timm's concern: a newer timm may write more of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from timm.models import is_model
 
 from ..errors import UserError, unknown_choice
 from ..run_folder import EXTRA_KEY, WEIGHTS, read_json
+
+_log = logging.getLogger(__name__)
 
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "architecture": (str, "a name"),
@@ -75,6 +79,15 @@ def _check_types(content: Mapping[str, Any], shown: object) -> None:
         raise UserError(f"{shown}: input_size is {_short(size)}, expected 3 numbers")
     if isinstance(names, dict) and not all(key.isdecimal() for key in names):
         raise UserError(f"{shown}: label_names is {_short(names)}, expected numbers of classes as its keys")
+    count = content.get("num_classes")
+    if isinstance(names, list) and names and count is not None and len(names) != count:
+        _tell(f"{shown}: label_names names {len(names)} classes and the model has {count}: the names are not used")
+
+
+@cache
+def _tell(text: str) -> None:
+    """Warns, once for each text."""
+    _log.warning(text)
 
 
 def known_models(like: str) -> list[str]:

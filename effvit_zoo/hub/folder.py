@@ -29,12 +29,16 @@ from torch import nn
 
 from ..errors import UserError, one_line, unknown_choice
 from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
+from ..models import STARTED_RANDOM, started
 from .client import FAILURES, explain, fetch, quiet, require_name
 from .config_check import checked_config, known_models
 from .labels import label_names as labels_of
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # in the order in which timm looks for them
+
+_CLAIMS = ("tag", "license", "description", "notes")
+"""Keys of timm's pretrained_cfg that speak of published weights, besides the places where these are."""
 
 # What building a model from a foreign config and filling it from foreign weights can raise.
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
@@ -121,7 +125,7 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
     if pretrained is None:
         pretrained = resolved.startswith((LOCAL, HUB))
     if not resolved.startswith((LOCAL, HUB)):
-        return _create(resolved, pretrained, kwargs)
+        return started(_create(resolved, pretrained, kwargs), pretrained)
     path, shown = _config_path(resolved)
     config = checked_config(path, shown)
     if resolved.startswith(HUB):
@@ -312,11 +316,13 @@ def _model_config(
         raise ValueError(f"got {len(given)} label_names for a model of {model.num_classes} classes")
     present = labels_of(model)
     names = tuple(given) if given is not None else present
+    if getattr(model, STARTED_RANDOM, False):
+        config["pretrained_cfg"] = dict.fromkeys(_CLAIMS)
     if names:
         # Here and not in pretrained_cfg, where timm drops them silently when the number of classes has changed.
         config["label_names"] = list(names)
         kept = {} if names == present else {"label_descriptions": None}
-        config["pretrained_cfg"] = {"label_names": None, **kept}
+        config.setdefault("pretrained_cfg", {}).update({"label_names": None, **kept})
     if extra is not None:
         try:
             json.dumps(extra, allow_nan=False)

@@ -68,6 +68,8 @@ class ClassificationConfig:
     """Cross entropy, or binary cross entropy per class (arXiv:2110.00476)."""
     class_weights: bool = False
     """Weight each image's loss by the inverse frequency of its class in the training images."""
+    classes: Literal["name", "position"] = "name"
+    """How the classes of weights to start from correspond to the data's: the classifier keeps the rows of classes that both have."""
 
 
 class Classification(Task):
@@ -80,6 +82,7 @@ class Classification(Task):
         labels: Class names in the order of the logits, saved with the model; None where the model has none.
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
+        known: Further lists of names by which the data may mean the classes, see `hub.known_names`.
     """
 
     Config = ClassificationConfig
@@ -96,11 +99,13 @@ class Classification(Task):
         labels: Sequence[str] | None = None,
         class_weights: Tensor | None = None,
         shown: Sequence[str] | None = None,
+        known: Sequence[Sequence[str]] = (),
     ) -> None:
         self.num_classes = num_classes
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
         self.labels = None if labels is None else tuple(labels)
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
+        self.known = (self.labels, *known)
         self.class_weights = class_weights
         self.criterion = {"ce": _cross_entropy, "bce": _binary_cross_entropy}[self.config.loss]
         self.mixup = None
@@ -147,11 +152,16 @@ class Classification(Task):
         num_classes = int(getattr(model, "num_classes", 0) or 0)
         if not num_classes:
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
-        return cls(num_classes, labels=hub.label_names(model), shown=hub.class_names(model))
+        known = hub.known_names(model)
+        labels = known[0] if known else None
+        return cls(num_classes, labels=labels, shown=hub.class_names(model), known=known[1:])
 
-    def align(self, source: Any) -> AnySource:
-        order = hub.class_order(source.class_names, self.labels, self.num_classes)
-        return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32))
+    def align(self, source: Any, by_position: bool = False) -> tuple[AnySource, str]:
+        option = "--classes position"
+        order, note = hub.class_order(
+            source.class_names, self.known, self.num_classes, by_position=by_position, option=option
+        )
+        return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32)), note
 
     def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
         return image_transforms(self.augment, data_config)
@@ -169,7 +179,9 @@ class Classification(Task):
     # model
 
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-        return hub.load(name, pretrained=pretrained, **{**kwargs, "num_classes": self.num_classes})
+        options = {"pretrained": pretrained, "by_position": self.config.classes == "position", **kwargs}
+        model, self.start_note = hub.load_for_classes(name, self.num_classes, self.labels, **options)
+        return model
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

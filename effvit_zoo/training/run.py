@@ -80,7 +80,7 @@ def train(
     torch.use_deterministic_algorithms(config.train.deterministic)
     seed_everything(config.train.seed)
     run = prepare(config, accelerator.num_processes)
-    objective = _objective(run, config, adapt)
+    objective, compared = _objective(run, config, adapt)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
@@ -92,6 +92,7 @@ def train(
     verb = "resuming" if checkpoint else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
     notes = start_notes(config) + data_notes(run, config) if accelerator.is_main_process else []
+    notes[:0] = [note for note in (run.task.start_note, compared) if note and accelerator.is_main_process]
     for note in notes:
         print(note)
     result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
@@ -102,13 +103,15 @@ def train(
     return folder
 
 
-def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objective:
+def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> tuple[Objective, str]:
+    """The objective, and how a teacher's outputs are compared where the user should know it."""
     objective: Objective = run.task
+    compared = ""
     if config.distill.teacher is not None:
         labels = run.task.label_names or ()
         teacher = load_teacher(config.distill, run.feed.data_config, labels, config.train.precision)
-        objective = Distillation(run.task, teacher, config.distill)
-    return objective if adapt is None else adapt(run.task, objective, run.model)
+        objective, compared = Distillation(run.task, teacher, config.distill), teacher.note
+    return objective if adapt is None else adapt(run.task, objective, run.model), compared
 
 
 def _conclude(
@@ -345,6 +348,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
     return {
         "model": config.model.name,
         "params": cost.count_params(model),
+        "outputs": (run and run.task.start_note) or None,
         "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
         "images_per_step": train.batch_size * processes * train.grad_accum,
