@@ -114,6 +114,7 @@ def test_the_first_image_of_several(form):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_file_is_what_its_content_says(tmp_path):
     """Neither a wrong suffix nor damaged metadata hides pixels; a drawing is not handed to another program."""
     Image.new("RGB", (4, 3), RED).save(tmp_path / "photo.jpg", format="PNG")
