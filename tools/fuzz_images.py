@@ -65,7 +65,9 @@ def sound_file(kind: str, rng: random.Random) -> bytes:
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = rng.randint(1, 8)
-    options = SAVING.get(kind, lambda rng: {})(rng) | ({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {})
+    options = SAVING.get(kind, lambda rng: {})(rng) | (
+        {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}
+    )
     if mode in ("F", "1") and kind == "TIFF":
         options["compression"] = None
     picture.save(file, kind, **options)
@@ -114,14 +116,19 @@ def write_files(root: Path, count: int, rng: random.Random) -> None:
 def run(command: list[str], faults: Counter[str]) -> None:
     """A command in a process of its own; counts what it says on stderr that is not an answer."""
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "effvit_zoo", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "effvit_zoo", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     wrong = [line for line in lines if not ANSWER.match(line) and "%|" not in line and "it/s" not in line]
     for line in wrong:
         faults[f"{command[0]}: {line[:160]}"] += 1
     if done.returncode not in (0, 2):
         faults[f"{command[0]}: exit code {done.returncode}"] += 1
-    print(f"{command[0]}: exit {done.returncode}, {time.perf_counter() - started:.0f} s, {len(lines)} lines on stderr, {len(wrong)} of them wrong", flush=True)
+    seconds = time.perf_counter() - started
+    print(
+        f"{command[0]}: exit {done.returncode}, {seconds:.0f} s, {len(wrong)} of {len(lines)} lines wrong", flush=True
+    )
 
 
 def read_all(root: Path, faults: Counter[str]) -> None:
@@ -141,7 +148,9 @@ def read_all(root: Path, faults: Counter[str]) -> None:
                 faults["reader: more than one line"] += 1
         if time.perf_counter() - started > SLOW:
             faults[f"reader: {Path(source.name(index)).name} took {time.perf_counter() - started:.0f} s"] += 1
-    print(f"reader: {read} read, {sum(refused.values())} refused: {json.dumps(dict(refused.most_common(8)))}", flush=True)
+    print(
+        f"reader: {read} read, {sum(refused.values())} refused: {json.dumps(dict(refused.most_common(8)))}", flush=True
+    )
 
 
 def main() -> None:
