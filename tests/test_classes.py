@@ -47,7 +47,9 @@ def test_accents_in_either_unicode_form_are_one_name():
 
 
 def test_other_names_of_the_same_number_are_refused_unless_asked_for():
-    with pytest.raises(UserError, match=r"doesn't know 2 of the data's 2 classes, the first is 'Hund'.*--classes position"):
+    with pytest.raises(
+        UserError, match=r"doesn't know 2 of the data's 2 classes, the first is 'Hund'.*--classes position"
+    ):
         class_order(("Hund", "Katze"), [("cat", "dog")], 2, option="--classes position")
     order, note = class_order(("Hund", "Katze"), [("cat", "dog")], 2, by_position=True, option="")
     assert order == (0, 1)
@@ -69,11 +71,14 @@ def test_a_number_of_classes_says_nothing():
 
 
 def test_imagenet_by_the_tag_of_the_weights():
-    for name, first in (("effzoo_vit_tiny.fb_in1k", "n01440764"), ("swin_tiny_patch4_window7_224.ms_in22k", "n00004475")):
+    for name, first in (
+        ("effzoo_vit_tiny.fb_in1k", "n01440764"),
+        ("swin_tiny_patch4_window7_224.ms_in22k", "n00004475"),
+    ):
         cfg = timm.models.get_pretrained_cfg(name).to_dict()
         assert known_names(cfg)[0][0] == first
     cfg = timm.models.get_pretrained_cfg("effzoo_vit_tiny.fb_in1k").to_dict()
-    ids, words, firsts = known_names(cfg)
+    _, words, firsts = known_names(cfg)
     assert (words[0], firsts[0]) == ("tench, Tinca tinca", "tench")
     assert match_classes(("n01443537", "n01440764"), *known_names(cfg)).order == (1, 0)  # folders of a part of ImageNet
     assert match_classes(("goldfish", "tench"), *known_names(cfg)).order == (1, 0)

@@ -21,7 +21,13 @@ _KEPT = {
 
 
 def load_for_classes(
-    name: str, num_classes: int, wanted: Sequence[str] | None, *, pretrained: bool, by_position: bool = False, **kwargs: Any
+    name: str,
+    num_classes: int,
+    wanted: Sequence[str] | None,
+    *,
+    pretrained: bool,
+    by_position: bool = False,
+    **kwargs: Any,
 ) -> tuple[nn.Module, str]:
     """A model with an output for each class of a data set, in its order.
 

@@ -28,8 +28,8 @@ from timm.models._hub import load_model_config_from_path, save_config_for_hf
 from torch import nn
 
 from ..errors import UserError, one_line, unknown_choice
-from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
 from ..models import STARTED_RANDOM, started
+from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
 from .client import FAILURES, explain, fetch, quiet, require_name
 from .config_check import checked_config, known_models
 from .labels import label_names as labels_of

@@ -168,7 +168,9 @@ def _imagenet(model_or_cfg: nn.Module | Mapping[str, Any]) -> ImageNetInfo | Non
     tag, place = str(cfg.get("tag") or ""), str(cfg.get("hf_hub_id") or "")
     if not tag and place.startswith("timm/"):
         tag = place.partition(".")[2]
-    sets = re.findall(r"(?<![a-z\d])in(1k|12k|21k|22k)(?![a-z\d])", tag)  # in22k_ft_in1k: the last is what the classes are of
+    sets = re.findall(
+        r"(?<![a-z\d])in(1k|12k|21k|22k)(?![a-z\d])", tag
+    )  # in22k_ft_in1k: the last is what the classes are of
     subset = _SUBSETS.get((sets[-1], num_classes or 0)) if sets else None
     return _table(subset) if subset else None
 
