@@ -356,8 +356,14 @@ def _refuse_altered(model: nn.Module, folder: Path) -> None:
 
 
 def _write_weights(model: nn.Module, writing: Path, folder: Path) -> None:
-    # safetensors takes row-major tensors only; the convolutions of a channels_last model aren't
-    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    tensors, seen = {}, set()
+    for key, value in model.state_dict().items():
+        # safetensors takes row-major tensors only; the convolutions of a channels_last model aren't
+        tensors[key] = value.detach().contiguous()
+        place = tensors[key].untyped_storage().data_ptr()
+        if place in seen:  # layers that share weights: each name gets its copy, so that all of timm's loaders find it
+            tensors[key] = tensors[key].clone()
+        seen.add(place)
     try:
         save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
