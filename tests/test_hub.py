@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.errors import UserError
 
