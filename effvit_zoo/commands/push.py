@@ -29,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
     options = {"private": args.private, "revision": args.revision, "license": args.license, "message": args.message}
     address = hub.push(args.folder, args.name, card_facts, **options)
     place = f"{args.name}@{args.revision}" if args.revision else args.name
-    print(f"{address}: to be used as {hub.HUB}{place}, after import effvit_zoo")
+    print(f"{address}: to be used as {hub.HUB}{place}, see its card")

@@ -3,6 +3,7 @@
 from .card import CardFacts as CardFacts
 from .classifier import classes_of as classes_of
 from .classifier import load_for_classes as load_for_classes
+from .folder import FILE as FILE
 from .folder import HUB as HUB
 from .folder import LOCAL as LOCAL
 from .folder import brings_weights as brings_weights
@@ -16,5 +17,6 @@ from .labels import known_names as known_names
 from .labels import label_names as label_names
 from .labels import match_classes as match_classes
 from .publish import pull as pull
+from .publish import pull_folder as pull_folder
 from .publish import push as push
 from .publish import require_pushable as require_pushable

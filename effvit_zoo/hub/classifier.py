@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from .folder import HUB, LOCAL, load, read_config, resolve_name
+from .folder import FILE, HUB, LOCAL, load, read_config, resolve_name
 from .labels import ClassMatch, known_names, match_classes
 
 _KEPT = {
@@ -51,7 +51,7 @@ def load_for_classes(
     kwargs |= {"num_classes": num_classes}
     if not pretrained or wanted is None:
         return load(name, pretrained=pretrained, **kwargs), ""
-    cfg = classes_of(name)
+    cfg = classes_of(name, **{key: kwargs[key] for key in ("architecture", "key") if key in kwargs})
     count = int(cfg.get("num_classes") or 0)
     match = _match(wanted, cfg, count, by_position)
     model: Any = load(name, pretrained=True, **kwargs)
@@ -65,9 +65,12 @@ def load_for_classes(
     return model, _note(match, cfg, len(wanted), count)
 
 
-def classes_of(name: str) -> Mapping[str, Any]:
-    """What is known of the classes of the weights behind a name: label_names, tag, num_classes."""
+def classes_of(name: str, **of_file: Any) -> Mapping[str, Any]:
+    """What is known of the classes of the weights behind a name: label_names, tag, num_classes. `of_file` is for checkpoint files."""
     resolved = resolve_name(name)
+    if resolved.startswith(FILE):
+        model: Any = load(name, **of_file)
+        return model.pretrained_cfg | {"num_classes": model.num_classes}
     if not resolved.startswith((LOCAL, HUB)):
         cfg = timm.models.get_pretrained_cfg(resolved)
         return cfg.to_dict() if cfg else {}

@@ -16,12 +16,12 @@ import timm
 from timm.models import is_model
 
 from ..errors import UserError, unknown_choice
-from ..run_folder import EXTRA_KEY, WEIGHTS, read_json
+from ..run_folder import ARCHITECTURE_KEY, EXTRA_KEY, WEIGHTS, read_json
 
 _log = logging.getLogger(__name__)
 
 _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "architecture": (str, "a name"),
+    **dict.fromkeys(("architecture", ARCHITECTURE_KEY), (str, "a name")),
     "num_classes": (int, "a whole number"),
     "label_names": ((list, dict), "a list or mapping"),
     **dict.fromkeys(("model_args", "pretrained_cfg", "label_descriptions", EXTRA_KEY), (dict, "a mapping")),
@@ -45,6 +45,8 @@ def checked_config(path: Path, shown: object) -> dict[str, Any]:
     config = _without_nulls(config)
     _check_types(config, shown)
     _check_record(config.get(EXTRA_KEY, {}), shown)
+    if is_model(config.get(ARCHITECTURE_KEY, "")):
+        config["architecture"] = config.pop(ARCHITECTURE_KEY)
     if config.get("architecture") is None:
         raise UserError(f"{shown} names no architecture: it is not a timm model's config")
     if not is_model(config["architecture"]):

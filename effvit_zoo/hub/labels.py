@@ -183,8 +183,8 @@ def _table(subset: str) -> ImageNetInfo:
 def _cfg_of(model_or_cfg: nn.Module | Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
     """Pretrained config and number of classes."""
     if isinstance(model_or_cfg, nn.Module):
-        cfg: Mapping[str, Any] = getattr(model_or_cfg, "pretrained_cfg", None) or {}  # type: ignore[assignment]
-        return cfg, getattr(model_or_cfg, "num_classes", cfg.get("num_classes"))  # type: ignore[return-value]
+        cfg: Mapping[str, Any] = getattr(model_or_cfg, "pretrained_cfg", None) or {}
+        return cfg, getattr(model_or_cfg, "num_classes", cfg.get("num_classes"))
     return model_or_cfg, model_or_cfg.get("num_classes")
 
 

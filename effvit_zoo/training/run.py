@@ -254,11 +254,14 @@ def build_model(config: RunConfig, task: Task | None) -> nn.Module:
     """The config's model with outputs for a task (None: its own), made for `data.img_size`. Raises `UserError`."""
     name, size = config.model.name, config.data.img_size
     pretrained = config.model.pretrained or hub.brings_weights(name)
+    kwargs = config.model.kwargs
+    if config.model.architecture is not None:
+        kwargs = kwargs | {"architecture": config.model.architecture}
     model: Any
     if task is None:
-        model = hub.load(name, pretrained=pretrained, **config.model.kwargs)
+        model = hub.load(name, pretrained=pretrained, **kwargs)
     else:
-        model = task.build(name, pretrained, config.model.kwargs)
+        model = task.build(name, pretrained, kwargs)
     if size is not None:
         try:
             if hasattr(model, "set_input_size"):
