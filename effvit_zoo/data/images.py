@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError, one_line
+from .file_types import IMAGE_SUFFIXES
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 DECODE_ERRORS = (
     OSError,

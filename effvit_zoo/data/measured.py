@@ -93,7 +93,7 @@ class _Candidate:
         if not record:
             return self._own()
         trained = parse(record["root"], kinds)
-        if trained.kind != self.root.request.kind:
+        if record.get("kind", trained.kind) != self.root.request.kind:
             return self._own()
         if "train_split" not in record:
             return self._by_seed(trained, record)

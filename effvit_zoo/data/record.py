@@ -2,7 +2,7 @@
 
 A record is a JSON object, stored in a model folder's config.json under effvit_zoo.data:
 
-    root, path                 root as written; resolved path, which is not published
+    root, kind, path           root as written; its row of the table of kinds; resolved path, which is not published
     train_split, val_split     names of the splits, null for an undivided folder and for a part that was held out
     val_fraction, split_seed   of the held-out part
     held_out, ranked_by        with a held-out part: group name -> largest rank (16 hex digits) in it, and what ranks are of

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .classes import ClassMap, open_labelled, require_classes, require_same_classes
+from .classes import ClassMap, open_labelled, require_classes, with_same_classes
 from .record import fingerprint, group_indices, name_hashes, split_ranks, thresholds
 from .roots import KINDS, Root
 from .roots._names import few, find_split
@@ -28,11 +28,13 @@ class DataSplits:
         train: Training samples.
         val: Validation samples.
         origin: Where they come from: the record without fingerprints.
+        notes: What the user should know about how the data was read and what was left out, a line each.
     """
 
     train: AnySource
     val: AnySource
     origin: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -110,7 +112,7 @@ def open_splits(
     found = Root.find(root, img_mode, download, kinds)
     train_name = found.choose(train_split)
     val_name = None if val_split is None else found.choose(val_split)
-    origin: dict[str, Any] = {"root": found.request.root, "path": found.path}
+    origin: dict[str, Any] = {"root": found.request.root, "kind": found.request.kind, "path": found.path}
     origin |= {"train_split": train_name, "val_split": val_name}
     origin |= {"val_fraction": val_fraction, "split_seed": split_seed}
     train = open_labelled(found, train_name, class_map, training=True)
@@ -122,8 +124,12 @@ def open_splits(
     else:
         origin["ranked_by"] = "name" if train.ranked_by_name else "index"
         train, val, origin["held_out"] = hold_out(train, val_fraction, split_seed)
-    require_same_classes(found.request.root, train, val)
-    return DataSplits(train, val, origin)
+    val = with_same_classes(found.request.root, train, val)
+    notes = [*found.notes, *train.notes, *val.notes]
+    used = [name for name in (train_name, val_name) if name is not None]
+    if train_name is not None:
+        notes += found.unused(used, getattr(train, "class_names", ()))
+    return DataSplits(train, val, origin, tuple(dict.fromkeys(notes)))
 
 
 def open_source(
@@ -142,7 +148,8 @@ def open_source(
     Args:
         root: See roots/__init__.py.
         split: Name of a split. "auto" is val, else test, else everything in an undivided folder. In an undivided folder, "all" is
-            everything, and "train" and "val" are the parts that `open_splits` makes with the same seed and fraction.
+            everything, and "train" and "val" are the parts that `open_splits` makes with the same seed and fraction. Where class
+            folders lie beside val/ or test/, "train" is the class folders.
     """
     found = Root.find(root, img_mode, download, kinds)
     undivided = found.is_folder and found.choose("auto") is None
@@ -153,6 +160,8 @@ def open_source(
         return open_labelled(found, chosen, class_map)
     if not found.is_folder:
         raise unnamed_split(found)
+    if not undivided and find_split(split, ("train",)):
+        return open_labelled(found, None, class_map)
     splits = open_splits(
         root,
         val_split=None,

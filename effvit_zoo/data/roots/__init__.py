@@ -7,6 +7,8 @@ A root is one of
   FILE.tar                         a tar of class folders
   torch/NAME[@FOLDER]  hfds/NAME[@CACHE]  hfids/NAME[@CACHE]  tfds/NAME[@FOLDER]  wds/FOLDER     as in timm's `create_dataset`
 
+A path that exists is a folder, also one called like a kind: with a folder ./torch/mine, `torch/mine` is that folder.
+
 A kind is one file with its functions `splits` and `open`, and one row of `KINDS`.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,7 +28,7 @@ from ._names import TRAIN, VAL, few, find_split
 from ._request import Kind, Request
 
 KINDS: Mapping[str, Kind] = {
-    "folder": Kind(folder.splits, folder.open_split, free_form=False),
+    "folder": Kind(folder.splits, folder.open_split, free_form=False, unused=folder.unused),
     "builtin": Kind(fashion_mnist.splits, fashion_mnist.open_split, free_form=False),
     "torch": Kind(timm_sets.torch_splits, timm_sets.open_torch),
     "hfds": Kind(timm_sets.hub_splits, timm_sets.open_hfds, ("datasets",), "datasets"),
@@ -63,9 +65,11 @@ def opening(root: str) -> Iterator[None]:
 def parse(root: str | os.PathLike[str], kinds: Mapping[str, Kind] = KINDS, img_mode: str = "RGB") -> Request:
     """A root taken apart; nothing is opened."""
     text = os.path.expanduser(os.fspath(root))
-    kind, _, name = text.partition(":" if text.startswith("builtin:") else "/")
+    separator = ":" if text.startswith("builtin:") else "/"
+    kind, _, name = text.partition(separator)
     kind, place = kind.lower(), None
-    if kind not in kinds or kind in ("folder", text):
+    named_by_slash = kind not in ("folder", "builtin") and not os.path.exists(text)
+    if kind not in kinds or not name or not (separator == ":" or named_by_slash):
         kind, name = "folder", text
     elif kind == "wds":
         place = os.path.expanduser(name)
@@ -108,9 +112,22 @@ class Root:
         return self.request.kind == "folder"
 
     @property
+    def notes(self) -> list[str]:
+        """What the user should know about how the root was read."""
+        kind = self.request.root.partition("/")[0].lower()
+        if not self.is_folder or kind not in KINDS or kind in ("folder", "builtin"):
+            return []
+        return [f"{self.request.root} is the folder ./{self.request.root}, not a data set of the kind {kind}"]
+
+    @property
     def path(self) -> str | None:
         """Resolved path of the data, None where the name is not a path."""
         return os.path.realpath(self.request.name) if os.path.exists(self.request.name) else None
+
+    def unused(self, used: Collection[str], class_names: Collection[str]) -> list[str]:
+        """Notes on what is there beside the splits that are used. Raises `UserError`."""
+        with opening(self.request.root):
+            return self.kind.unused(self.request, used, class_names)
 
     def choose(self, wanted: str) -> str | None:
         """The name of the split to open for `wanted`, None where the root is not divided. "auto" is val, else test."""
