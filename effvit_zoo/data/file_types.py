@@ -30,10 +30,8 @@ PLUGINS = {
     "JPEG XL": Plugin("pillow-jxl-plugin", "pillow_jxl"),
 }
 _PLUGIN_SUFFIXES = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".avif": "AVIF", ".jxl": "JPEG XL"}
-_SUFFIXES = (
-    ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .heic .heif .hif .jxl "
-    ".jpe .jfif .apng .dib .pbm .pnm .tga .j2k .jpf .jpx"
-).split()
+_COMMON = ".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .heic .heif .hif .jxl"
+_RARE = ".jpe .jfif .apng .dib .pbm .pnm .tga .j2k .jpf .jpx"
 _OTHERS = {
     "camera raw": ".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .raw .rwl .3fr .iiq .x3f .kdc .mrw",
     "video": ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv .flv .3gp .mts .m2ts .ogv",
@@ -44,8 +42,8 @@ _OTHERS = {
 }
 _KINDS = {suffix: kind for kind, suffixes in _OTHERS.items() for suffix in suffixes.split()}
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF"}
-_HEAD = 12
-"""Bytes that tell a format: of ISO media files "ftyp" and the brand are bytes 4 to 12."""
+HEAD = 12
+"""Number of bytes that `sniff` needs: of ISO media files "ftyp" and the brand are bytes 4 to 12."""
 _SYSTEM_NAMES = frozenset(
     {"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
@@ -60,7 +58,7 @@ def _readable() -> tuple[str, ...]:
                 getattr(module, plugin.register)()
     Image.init()
     formats = Image.registered_extensions()
-    return tuple(suffix for suffix in _SUFFIXES if formats.get(suffix) in Image.OPEN)
+    return tuple(suffix for suffix in f"{_COMMON} {_RARE}".split() if formats.get(suffix) in Image.OPEN)
 
 
 IMAGE_SUFFIXES = _readable()
@@ -91,8 +89,6 @@ def why_left_out(name: str) -> str:
 
 def sniff(head: bytes) -> str | None:
     """What a file is that Pillow does not identify, from its first bytes; None where they don't tell."""
-    if not head:
-        return "empty file"
     if head[4:8] == b"ftyp":
         kind = _BRANDS.get(head[8:12])
         return needs_plugin(kind) if kind else "video"

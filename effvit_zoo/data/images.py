@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError, one_line
-from .file_types import IMAGE_SUFFIXES
+from .file_types import HEAD, IMAGE_SUFFIXES, sniff
+from .inventory import take_inventory
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
 
@@ -106,13 +107,31 @@ def decode(item: Any, mode: str = "RGB") -> Image.Image:
 
 
 def _read(source: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(source) as image:
+    try:
+        opened = Image.open(source)
+    except Image.UnidentifiedImageError as error:
+        if kind := sniff(_head(source)):
+            raise ValueError(kind) from error
+        raise
+    with opened as image:
         image.load()
         return to_rgb(image)
 
 
-def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
-    """Files as given, and every image (by suffix, any case) below the folders, sorted; hidden files are skipped.
+def _head(source: str | Path | BinaryIO) -> bytes:
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            return file.read(HEAD)
+    source.seek(0)
+    return source.read(HEAD)
+
+
+def find_images(paths: Sequence[str | Path], note: Callable[[str], object] | None = None) -> Iterator[Path]:
+    """Files as given, and every image (by extension, any case) below the folders, sorted; hidden files are skipped.
+
+    Args:
+        paths: Files and folders.
+        note: Called with a line that says what was left out of a folder.
 
     Raises:
         BadImage: A path does not exist, or a folder contains no image.
@@ -123,14 +142,13 @@ def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUF
         if not path.is_dir():
             yield path
             continue
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.suffix.lower() in suffixes and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
-        if not found:
-            raise BadImage(str(path), f"the folder contains no image ({' '.join(suffixes)})")
-        yield from found
+        inventory = take_inventory(str(path))
+        notes = inventory.left_out.notes(str(path))
+        if not inventory.images:
+            raise BadImage(str(path), "; ".join([f"the folder contains no image ({' '.join(IMAGE_SUFFIXES)})", *notes]))
+        for line in notes if note else ():
+            note(line)
+        yield from sorted(path / name for name in inventory.images)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -32,12 +32,13 @@ class LeftOut:
             return False
         return True
 
-    def notes(self, where: str) -> tuple[str, ...]:
+    def notes(self, where: str, what: str = "files") -> tuple[str, ...]:
         """A line that says what was left out of `where`, or nothing."""
+        self.counts = +self.counts
         if not self.counts:
             return ()
         parts = [f"{count} {reason} (e.g. {self.examples[reason]})" for reason, count in self.counts.most_common()]
-        return (f"left out of {where}: {self.counts.total()} files: {'; '.join(parts)}",)
+        return (f"left out of {where}: {self.counts.total()} {what}: {'; '.join(parts)}",)
 
 
 @dataclass

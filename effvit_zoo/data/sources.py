@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -137,6 +137,14 @@ class ImageSource(Source):
         changed = replace(self, targets=new_index[self.targets].astype(np.int32), class_names=class_names)
         return changed.select(np.flatnonzero(changed.targets >= 0)) if (new_index < 0).any() else changed
 
+    def size(self, index: int) -> int:
+        """Size of an image file in bytes, of sources of files."""
+        return self.data.size(self._row(index))
+
+    def open(self, index: int) -> BinaryIO:
+        """An image file, of sources of files."""
+        return self.data[self._row(index)]
+
     def with_notes(self, *notes: str) -> ImageSource:
         """The same images with further notes."""
         return replace(self, notes=(*self.notes, *notes))
@@ -161,7 +169,10 @@ class FilePaths:
     def filename(self, row: int) -> str:
         return os.fsdecode(self.packed(row))
 
-    def __getitem__(self, row: int) -> Any:
+    def size(self, row: int) -> int:
+        return os.path.getsize(os.path.join(self.folder, self.filename(row)))
+
+    def __getitem__(self, row: int) -> BinaryIO:
         return open(os.path.join(self.folder, self.filename(row)), "rb")
 
 
@@ -209,6 +220,9 @@ class TarFiles:
         path = posixpath.normpath(posixpath.join(*tars, posixpath.dirname(member.path).lstrip("/")))
         return "" if path == "." else path
 
+    def size(self, row: int) -> int:
+        return self.samples[row][2].size
+
     def read(self, row: int) -> bytes:
         """The bytes of an image file."""
         name, child, member = self.samples[row]
@@ -218,7 +232,7 @@ class TarFiles:
             with tarfile.open(fileobj=tar.extractfile(child)) as inner:
                 return inner.extractfile(member).read()  # type: ignore[union-attr]
 
-    def __getitem__(self, row: int) -> Any:
+    def __getitem__(self, row: int) -> BinaryIO:
         return io.BytesIO(self.read(row))
 
 

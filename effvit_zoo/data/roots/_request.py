@@ -24,6 +24,7 @@ class Request:
         folder: What follows the "@", or the folder of shards; None where there is none.
         img_mode: "RGB" or "L".
         download: Whether client libraries may fetch what is missing.
+        labels: Path of the table of labels, None for other kinds.
         training: Whether a stream is read for training, in a random order.
     """
 
@@ -33,6 +34,7 @@ class Request:
     folder: str | None
     img_mode: str
     download: bool = False
+    labels: str | None = None
     training: bool = False
 
 
