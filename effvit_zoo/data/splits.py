@@ -127,11 +127,18 @@ def open_splits(
         origin["ranked_by"] = ranking(train)
         train, val, origin["held_out"] = hold_out(train, val_fraction, split_seed)
     val = with_same_classes(found.request.root, train, val)
+    return DataSplits(train, val, origin, _notes(found, train_name, val_name, train, val))
+
+
+def _notes(
+    found: Root, train_name: str | None, val_name: str | None, train: AnySource, val: AnySource
+) -> tuple[str, ...]:
+    """Distinct notes on the root, on its splits and on what lies beside them. Raises `UserError`."""
     notes = [*found.notes, *train.notes, *val.notes]
-    used = [name for name in (train_name, val_name) if name is not None]
     if train_name is not None:
+        used = [name for name in (train_name, val_name) if name is not None]
         notes += found.unused(used, getattr(train, "class_names", ()))
-    return DataSplits(train, val, origin, tuple(dict.fromkeys(notes)))
+    return tuple(dict.fromkeys(notes))
 
 
 def _origin(

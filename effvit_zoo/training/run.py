@@ -96,11 +96,7 @@ def train(
     accelerator.init_trackers(project, config=_tracker_config(config))
     verb = "resuming" if checkpoint else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
-    notes = (
-        start_notes(config) + data_notes(run.feed.splits, run.task, config.data) if accelerator.is_main_process else []
-    )
-    for note in notes:
-        print(note)
+    notes = _print_notes(run, config) if accelerator.is_main_process else []
     result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
@@ -289,6 +285,14 @@ def try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
         raise UserError(f"{name} can't take images of {shape} pixels: {one_line(error)}") from error
     finally:
         model.train(was_training)
+
+
+def _print_notes(run: Prepared, config: RunConfig) -> list[str]:
+    """Prints what the user should know before the first step, and returns it."""
+    notes = start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    for note in notes:
+        print(note)
+    return notes
 
 
 def start_notes(config: RunConfig) -> list[str]:
