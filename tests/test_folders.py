@@ -274,6 +274,9 @@ def test_a_run_says_classes_and_what_is_left_out(tmp_path, capsys):
         "photos/blue/1.png and ",
     ):
         assert part in printed
+    shutil.copytree(root / "red", root / "blue" / "red")
+    assert train_small(tmp_path / "run", f"data.root={root}", more=["--dry-run"]) == 2
+    assert "has images in blue and in blue/red" in capsys.readouterr().err
 
 
 def test_many_classes_are_shortened(tmp_path):

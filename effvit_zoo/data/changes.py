@@ -34,7 +34,7 @@ def _names(source: Any) -> dict[str, str]:
 
 def write_listing(path: Path, images: Listing) -> None:
     """Writes a listing as compressed JSON."""
-    path.write_bytes(gzip.compress(json.dumps(images).encode(), mtime=0))
+    path.write_bytes(gzip.compress(json.dumps(images).encode(), compresslevel=6, mtime=0))
 
 
 def read_listing(path: Path) -> Listing:

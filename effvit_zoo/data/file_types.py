@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 from typing import NamedTuple
 
@@ -52,10 +51,12 @@ _SYSTEM_NAMES = frozenset(
 def _readable() -> tuple[str, ...]:
     """The extensions that Pillow opens here, with the plugins that are installed."""
     for plugin in PLUGINS.values():
-        if importlib.util.find_spec(plugin.module) is not None:
+        try:
             module = importlib.import_module(plugin.module)
-            if plugin.register:
-                getattr(module, plugin.register)()
+        except ImportError:
+            continue
+        if plugin.register:
+            getattr(module, plugin.register)()
     Image.init()
     formats = Image.registered_extensions()
     return tuple(suffix for suffix in f"{_COMMON} {_RARE}".split() if formats.get(suffix) in Image.OPEN)

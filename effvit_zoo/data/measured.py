@@ -65,7 +65,8 @@ def open_measured(
         UserError: As in `open_splits`, and where the data contains training images and the recorded split can't be applied.
     """
     record = record or {}
-    labels = labels or _recorded_labels(root, record, kinds)
+    recorded = None if labels else _recorded_labels(root, record, kinds)
+    labels = labels or recorded
     candidate = _Candidate(Root.find(root, img_mode, download, kinds, labels), class_map)
     source: Any
     source, shown = candidate.find(record, kinds) if candidate.is_automatic(split, record) else (None, "")
@@ -74,6 +75,8 @@ def open_measured(
         options: dict[str, Any] = {"class_map": class_map, "download": download, "img_mode": img_mode, "kinds": kinds}
         options["labels"] = labels
         source, shown = open_source(root, split, val_fraction=fraction, split_seed=seed, **options), split
+    if recorded:
+        source = source.with_notes(f"{root} is read by the table {recorded}, as in training")
     if isinstance(source, StreamSource):
         return Measured(source, shown, "", source.num_samples)
     return Measured(source, shown, names_digest(name_hashes(source)), len(source))

@@ -24,38 +24,33 @@ ALLOW_IMAGES = "data.files"
 """What `allow_change` names to resume over changed images."""
 
 
-class Images:
-    """The images of a run, by name.
+def record_images(folder: Path, splits: DataSplits) -> None:
+    """Keeps the names of a run's images in its folder. They are not kept in memory: a million of them take hundreds of MB."""
+    with replacing(folder / DATA) as writing:
+        write_listing(writing, listing(splits))
+
+
+def require_recorded_images(folder: Path, splits: DataSplits, root: str, allow_change: Sequence[str]) -> None:
+    """Raises `UserError` where a run's images differ from those that it was started with, unless that is allowed.
 
     Args:
-        splits: Training and validation images.
+        folder: Run folder.
+        splits: Images now.
         root: The data's name in messages.
+        allow_change: What may differ.
     """
-
-    def __init__(self, splits: DataSplits, root: str) -> None:
-        self.names, self.root = listing(splits), root
-
-    def write(self, folder: Path) -> None:
-        """Keeps the names in a run folder."""
-        with replacing(folder / DATA) as writing:
-            write_listing(writing, self.names)
-
-    def require_as_before(self, folder: Path, allow_change: Sequence[str]) -> None:
-        """Raises `UserError` where they differ from those that the run was started with, unless that is allowed."""
-        if not (folder / DATA).is_file():  # a run of an earlier version
-            return
-        before = read_listing(folder / DATA)
-        groups = [{*images["train"].values()} for images in (before, self.names)]
-        if differ := sorted(groups[0] ^ groups[1]):
-            raise UserError(
-                f"{folder} was started with other classes of {self.root} ({', '.join(differ[:5])}): start a new run"
-            )
-        changed = changes(before, self.names)
-        if changed and ALLOW_IMAGES not in allow_change:
-            raise UserError(
-                f"the images of {self.root} have changed since {folder} was started: {', '.join(changed)}; "
-                f"resume with the same, or allow it by --allow-change {ALLOW_IMAGES}"
-            )
+    if not (folder / DATA).is_file():  # a run of an earlier version
+        return
+    before, now = read_listing(folder / DATA), listing(splits)
+    groups = [{*images["train"].values()} for images in (before, now)]
+    if differ := sorted(groups[0] ^ groups[1]):
+        raise UserError(f"{folder} was started with other classes of {root} ({', '.join(differ[:5])}): start a new run")
+    changed = changes(before, now)
+    if changed and ALLOW_IMAGES not in allow_change:
+        raise UserError(
+            f"the images of {root} have changed since {folder} was started: {', '.join(changed)}; "
+            f"resume with the same, or allow it by --allow-change {ALLOW_IMAGES}"
+        )
 
 
 def data_notes(splits: DataSplits, task: Task, config: DataConfig) -> list[str]:

@@ -23,7 +23,7 @@ from ..measure import cost
 from ..report.run_page import write_report, write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
-from ._data_checks import Images, data_notes
+from ._data_checks import data_notes, record_images, require_recorded_images
 from ._processes import on_cpu, process_state
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config, load_run
@@ -82,15 +82,14 @@ def train(
     seed_everything(config.train.seed)
     run = prepare(config, accelerator.num_processes)
     objective = _objective(run, config, adapt)
-    images = Images(run.feed.splits, config.data.root)
     if checkpoint is not None:
-        images.require_as_before(folder, allow_change)
+        require_recorded_images(folder, run.feed.splits, config.data.root, allow_change)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
     if accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.CONFIG, strict.dump(asked))
-        images.write(folder)
+        record_images(folder, run.feed.splits)
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
@@ -360,7 +359,7 @@ def _data_is_there(config: RunConfig) -> bool:
     try:
         TASKS[config.task.kind].open_splits(config.data, "RGB")
     except UserError:
-        return False
+        return os.path.exists(os.path.expanduser(config.data.root))  # it is, and something is wrong with it
     return True
 
 
