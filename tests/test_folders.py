@@ -200,6 +200,7 @@ def test_names_are_equal_in_every_unicode_form(tmp_path):
     both = open_source(fill(tmp_path / "both", {one: 3, two: 4, "Bar": 1}))
     assert (both.class_names, np.bincount(both.targets).tolist()) == (("Bar", one), [1, 7])
     assert "several Unicode forms" in both.notes[0]
+    assert open_source(tmp_path / "both", class_map={two: 0, "Bar": 1}).class_names == (one, "Bar")
 
 
 def test_a_split_of_the_first_release_is_found_in_decomposed_names(tmp_path):

@@ -58,6 +58,7 @@ def relabel(source: ImageSource | StreamSource, class_to_idx: Mapping[str, int])
 
     Where the data has numbers instead of names, or no names, number n gets the nth name.
     """
+    class_to_idx = {composed(name): index for name, index in class_to_idx.items()}
     names, old = by_index(class_to_idx), source.class_names
     nameless = old == tuple(str(i) for i in range(len(old))) and len(old) <= len(names)
     if nameless and not any(name in class_to_idx for name in old):

@@ -179,8 +179,9 @@ def find_images(paths: Sequence[str | Path], note: Callable[[str], object] | Non
         notes = inventory.left_out.notes(str(path))
         if not inventory.images:
             raise BadImage(str(path), "; ".join([f"the folder contains no image ({' '.join(IMAGE_SUFFIXES)})", *notes]))
-        for line in notes if note else ():
-            note(line)
+        if note is not None:
+            for line in notes:
+                note(line)
         yield from sorted(path / name for name in inventory.images)
 
 

@@ -213,8 +213,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run folder. Where it is of a version without `data.split_seed`, the split came from `train.seed`."""
     content = strict.read_yaml(folder / run_folder.CONFIG)
-    data, train = (section if isinstance(section := content.get(key), dict) else {} for key in ("data", "train"))
-    if "seed" in train and "split_seed" not in data:
+    data, train = content.get("data") or {}, content.get("train") or {}
+    if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
         content["data"] = {**data, "split_seed": train["seed"]}
     strict.apply_overrides(content, overrides)
     return strict.parse(RunConfig, content)

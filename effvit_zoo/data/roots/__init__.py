@@ -82,8 +82,8 @@ def parse(
         if "table" not in kinds or not os.path.isdir(text):
             raise UserError(f"data.labels is {given}: expected a folder of images as data.root, got {text}")
         inside = os.path.join(text, given)
-        place = given if os.path.isfile(given) or not os.path.isfile(inside) else inside
-        return Request(text, "table", text, None, img_mode, labels=place)
+        path = given if os.path.isfile(given) or not os.path.isfile(inside) else inside
+        return Request(text, "table", text, None, img_mode, labels=path)
     separator = ":" if text.startswith("builtin:") else "/"
     kind, _, name = text.partition(separator)
     kind, place = kind.lower(), None
