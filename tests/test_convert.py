@@ -127,7 +127,7 @@ BAD_WEIGHTS = {
     "misshapen": (_misshapen, r"norm.weight \(is \(3,\), expected \(\d+,\)\)"),
     "integers": (_integers, r"norm.weight \(is torch.int64\)"),
     "headless": (lambda w: {k: v for k, v in w.items() if not k.startswith("head.")}, "missing head.weight"),
-    "not square": (lambda w: small_state_dict(img_size=(48, 32)), "pos_embed is of another image or window size"),
+    "not square": (lambda w: small_state_dict(img_size=(48, 32)), r"of another shape pos_embed \(is \(1, 97, 64\)"),
     "other model": (lambda w: small_state_dict("effzoo_conv2former_n"), "does not hold the weights of effzoo_vit_pico"),
     "empty dict": (lambda w: {}, "holds no weights but an empty dict"),
     "list": (lambda w: list(w.values()), "holds no weights but a list"),

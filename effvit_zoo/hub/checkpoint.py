@@ -115,18 +115,17 @@ class Found:
     left_out: int
 
 
-def find(content: Any, file: Path, model: Any, complaint: str, key: str | None = None) -> Found:
+def find(content: Any, file: Path, model: Any, key: str | None = None) -> Found:
     """The weights of a model in what a checkpoint holds.
 
     Args:
         content: What `read` gave.
         file: For messages.
         model: The model, on the meta device.
-        complaint: Beginning of the message where they don't fit.
-        key: The place to take, where there are several.
+        key: Where to look, where several models are in the file.
 
     Raises:
-        UserError: No tensors, none that fit the model, several that do, or a tensor without data.
+        UserError: No tensors, several models of the kind, or a tensor without data. Whether all fits is the caller's to check.
     """
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"checkpoint {file} holds no weights but {_described(content)}, expected a mapping of tensors")
@@ -137,10 +136,10 @@ def find(content: Any, file: Path, model: Any, complaint: str, key: str | None =
     for name, value in tensors.items():
         if value.is_meta or value.layout is not torch.strided:
             raise UserError(f"checkpoint {file}: {name} is a tensor without data or a sparse one, expected a dense one")
-    places = [key] if key is not None else _places(tensors, model)
-    found = [_at(place, tensors, model, complaint) for place in places]
-    if key is not None and not found[0].weights:
-        raise unknown_choice("key of the checkpoint", key, sorted({name.rpartition(".")[0] for name in tensors})[:12])
+    places = [place for place in _places(tensors, model) if not key or place == key or _is_inside(place, key)]
+    if not places:
+        raise unknown_choice("key of the checkpoint", str(key), [place for place in _places(tensors, model) if place])
+    found = [_at(place, tensors, model) for place in places]
     score = {each.key: _fit(each.renamed, model) for each in found}
     best = max(score.values())
     found = [each for each in found if score[each.key] == best]
@@ -155,7 +154,7 @@ def find(content: Any, file: Path, model: Any, complaint: str, key: str | None =
     return found[0]
 
 
-def _at(place: str, tensors: Mapping[str, torch.Tensor], model: Any, complaint: str) -> Found:
+def _at(place: str, tensors: Mapping[str, torch.Tensor], model: Any) -> Found:
     start = f"{place}." if place else ""
     weights = {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
     return Found(place, weights, _renamed(weights, model), len(tensors) - len(weights))

@@ -143,13 +143,13 @@ def open_checkpoint(content: Any, file: Path, name: str, key: str | None, kwargs
     complaint = f"{file} does not hold the weights of {name}"
     given = dict(kwargs)
     model = _on_meta(name, given)
-    found = checkpoint.find(content, file, model, complaint, key)
+    found = checkpoint.find(content, file, model, key)
     sizes = _sizes(found, model)
     sizes = {argument: value for argument, value in sizes.items() if argument not in given}
     if sizes:
         given |= sizes
         model = _on_meta(name, given)
-        found = checkpoint.find(content, file, model, complaint, found.key)
+        found = checkpoint.find(content, file, model, found.key)
     _refuse_resampled(found, complaint)
     _fill(model, found.renamed, f"{complaint}{f' under {found.key!r}' if found.key else ''}")
     return Opened(model, given, found, checkpoint.recorded_names(content, model.num_classes))
