@@ -20,6 +20,7 @@ from torch import nn
 
 import effvit_zoo
 from effvit_zoo import hub
+from effvit_zoo.data import record_of
 from effvit_zoo.errors import UserError
 
 NAME = "test_vit"  # timm's own test model: 0.37 M parameters, fixed input size
@@ -409,9 +410,6 @@ def test_null_is_as_if_it_were_not_there(extra, tmp_path):
         ({"data": {**_RECORD, "train": 3}}, "train in 'effvit_zoo' is 3"),
         ({"data": {**_RECORD, "val": {**_PART, "sketch": "zz"}}}, "sketch in 'effvit_zoo' is 'zz'"),
         ({"data": {**_RECORD, "held_out": {"": 5}}}, "is 5, expected 16 hexadecimal digits"),
-        ({"data": {**_RECORD, "held_out": {}}}, "lacks ranked_by, val_fraction, split_seed"),
-        ({"data": {"root": "photos", "train_split": None, "train": {}}}, "lacks val_split, val, train.images"),
-        ({"data": {"root": "photos"}}, "lacks val_fraction, split_seed"),
     ],
 )
 def test_a_record_of_the_wrong_kind_is_one_line(extra, words, tmp_path):
@@ -419,6 +417,19 @@ def test_a_record_of_the_wrong_kind_is_one_line(extra, words, tmp_path):
     _with_extra(folder, extra)
     with pytest.raises(UserError, match=re.escape(words)):
         hub.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({**_RECORD, "held_out": {}}, "lacks ranked_by, val_fraction, split_seed"),
+        ({"root": "photos", "train_split": None, "train": {}}, "lacks val_split, val, train.images"),
+        ({"root": "photos"}, "lacks val_fraction, split_seed"),
+    ],
+)
+def test_a_record_with_gaps_is_one_line(data, words):
+    with pytest.raises(UserError, match=words):
+        record_of({"data": data})
 
 
 def test_layers_that_share_weights(tmp_path):

@@ -848,4 +848,4 @@ def test_pull_says_where_and_spares_a_checkout(the_hub, trained, tmp_path, monke
     assert main(["pull", NAME, "--output", str(inside)]) == 2
     assert "inside the package" in capsys.readouterr().err
     assert main(["pull", NAME, "--output", "models/birds"]) == 0
-    assert f"pulling {NAME} into {checkout / 'models/birds'}" in capsys.readouterr().out
+    assert f"{checkout / 'models/birds'}: to be used as" in capsys.readouterr().out

@@ -19,6 +19,5 @@ def run(args: argparse.Namespace) -> None:
     """Pulls and prints the folder. Raises `UserError`."""
     from .. import hub
 
-    print(f"pulling {args.name} into {hub.pull_folder(args.name, args.output)}")
     folder = hub.pull(args.name, args.output, revision=args.revision)
     print(f"{folder}: to be used as {hub.LOCAL}{folder}")

@@ -141,15 +141,15 @@ def make(
     """
     records = _Records(files, license)
     place = f"{repo_id}@{revision}" if revision else repo_id
+    script = f"```python\n{facts.usage(place)}```"
     in_timm = ARCHITECTURE_KEY in records.config
     parts = [
-        *(() if in_timm else (INSTALL,)),
+        *(() if in_timm else (INSTALL, script)),
         f"# {repo_id.partition('/')[2]}",
         _introduction(records, facts),
         "## Use",
-        "With timm alone (this is an architecture of timm's), or with `effvit_zoo`:" if in_timm else "",
-        f"```python\n{facts.usage(place)}```",
-        f"Or, for images and folders of them: `effzoo predict --model {HUB}{place} photo.jpg`.",
+        *(("The architecture is one of timm's too, which is all that this needs:", script) if in_timm else ()),
+        f"For images and folders of them: `effzoo predict --model {HUB}{place} photo.jpg`.",
         f"To train it further: `effzoo train --config {facts.recipe} --set model.name={HUB}{place} data.root=FOLDER`."
         if facts.recipe
         else "",

@@ -116,25 +116,6 @@ def _check_record(extra: Mapping[str, Any], shown: object) -> None:
         for key, (is_valid, what) in expected.items():
             if content.get(key) is not None and not is_valid(content[key]):
                 raise UserError(f"{shown}: {key} in {EXTRA_KEY!r} is {_short(content[key])}, expected {what}")
-    if isinstance(data, dict) and (lacking := _lacking(data)):
-        raise UserError(f"{shown}: data in {EXTRA_KEY!r} lacks {', '.join(lacking)}")
-
-
-def _lacking(data: Mapping[str, Any]) -> list[str]:
-    """Keys that a record of the training data needs beside those that it has."""
-    if "root" not in data:
-        return []  # of no use, and not read
-    if "train_split" not in data:
-        return [key for key in ("val_fraction", "split_seed") if key not in data]  # of an earlier version
-    sides = [side for side in ("train", "val") if side in data]  # of streams there are none
-    needed = [
-        *("val_split",),
-        *(("ranked_by", "val_fraction", "split_seed", "train", "val") if "held_out" in data else ()),
-    ]
-    if sides:
-        needed += ["train", "val"]
-    missing = [key for key in dict.fromkeys(needed) if key not in data]
-    return missing + [f"{side}.{key}" for side in sides for key in _FINGERPRINT if key not in data[side]]
 
 
 def _is_text(value: object) -> bool:

@@ -126,7 +126,7 @@ def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None
         OSError: A disk fails.
     """
     repo, given = hub_place(repo_id)
-    folder = pull_folder(repo_id, folder)
+    folder = _pull_folder(repo_id, folder)
     found = _download(repo, revision or given)
     writing = folder.with_name(f".{folder.name}.pulling")
     shutil.rmtree(writing, ignore_errors=True)
@@ -147,7 +147,7 @@ def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None
     return folder
 
 
-def pull_folder(repo_id: str, folder: str | Path | None) -> Path:
+def _pull_folder(repo_id: str, folder: str | Path | None) -> Path:
     """Where `pull` writes to. Raises `UserError` where it may not: over something, or into a checkout that nobody named."""
     given = folder
     folder = Path(hub_place(repo_id)[0].partition("/")[2] if given is None else given).expanduser().resolve()
