@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
     drawing = _Drawing(args.draw, args.images) if args.draw else None
     model = hub.load(args.model, pretrained=True)
     task = task_of(model)
+    for line in task.picture_notes() if drawing else ():
+        print(f"note: {line}", file=sys.stderr)
     rows: list[dict[str, Any]] = []
     topk = max(args.topk, DRAWN_ROWS if drawing else 0)
     options = {"batch_size": args.batch_size, "device": device, "on_bad": note}
