@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     drawing = _Drawing(args.draw, args.images, paths) if args.draw else None
     model = hub.load(args.model, pretrained=True)
     task = task_of(model)
+    for line in task.picture_notes() if drawing else ():
+        print(f"note: {line}", file=sys.stderr)
     options = {"batch_size": args.batch_size, "device": device, "on_bad": note, "progress": sys.stderr.isatty()}
     found = predict(model, paths, task=task, topk=max(args.topk, DRAWN_ROWS if drawing else 0), **options)
     if not found:

@@ -188,7 +188,7 @@ def _row(
         "crop_pct": data_config["crop_pct"],
         "images": result.images,
         "bad_files": len(bad),
-        **result.metrics,
+        **{name: result.metrics[name] for name in (*task.metrics, "loss")},
         **task.intervals(result.metrics, result.images),
         "images_per_second": result.images_per_second,
         "params": cost.count_params(model) if counted else None,

@@ -185,6 +185,8 @@ def _given_model(config: ToSAConfig) -> Any:
 class SelectorObjective:
     """Stage 2: KL divergence of each selector's map from the next layer's true one; the rest is frozen and in eval mode."""
 
+    loss_title = "KL divergence of the selectors' maps"
+
     def trainable(self, model: Any) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("selectors."))
@@ -202,6 +204,7 @@ class SampledRatio:
 
     def __init__(self, objective: Objective, ratios: Sequence[float]) -> None:
         self.objective, self.ratios = objective, ratios
+        self.loss_title = getattr(objective, "loss_title", "")
 
     def trainable(self, model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import style
+from .fonts import clean, is_drawable
 
 Point = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def selected_tokens(
     Args:
         image: What the model sees.
         layers: Name of a layer -> (rows, columns) of booleans, True where a patch entered it.
-        title: First line.
+        title: First line; left out where no font here can draw it.
         subtitle: Second line.
         path: The file to write.
 
@@ -42,8 +43,10 @@ def selected_tokens(
     panels = {"input": None, **layers}
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with style.figure(2.6 * columns, 0.9 + 2.85 * rows, path) as fig:
-        fig.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=12, fontweight="bold")
+    with style.figure(2.6 * columns, 0.9 + 2.85 * rows, path, [title]) as fig:
+        fig.suptitle(
+            f"{clean(title) if is_drawable(title) else ''}\n", x=0.02, ha="left", fontsize=12, fontweight="bold"
+        )
         fig.text(0.02, 1 - 0.42 / fig.get_figheight(), subtitle, fontsize=9.5, color=style.QUIET, va="top")
         axes = fig.subplots(rows, columns, squeeze=False).flatten()
         for ax in axes:
