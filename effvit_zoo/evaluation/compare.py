@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,34 +92,30 @@ def validate(
             different ones out.
     """
     options, config = options or Options(), DataConfig(root=data)
-
-    def attempt(name: str, step: Callable[[], Any]) -> Any:
-        try:
-            return step()
-        except UserError as error:
-            if on_failure is None:
-                raise
-            on_failure(name, error)
-            return None
-
     opened: list[tuple[Candidate, Measured]] = []
     for candidate in candidates:
-        measured = attempt(
-            candidate.name, lambda one=candidate: _open(one, config, options.split, record_of(one.record))
-        )  # type: ignore[misc]
-        if measured is not None:
-            opened.append((candidate, measured))
+        with _reported(candidate.name, on_failure):
+            opened.append((candidate, _open(candidate, config, options.split, record_of(candidate.record))))
     deciding = _deciding(opened)
     rows: list[dict[str, Any]] = []
     for candidate, _ in opened:
-        record = record_of((deciding or candidate).record)
-        for size in img_sizes:
-            row = attempt(candidate.name, lambda one=candidate, r=record, s=size: _row(one, config, options, r, s))  # type: ignore[misc]
-            if row is None:
-                break
-            rows.append(row)
+        with _reported(candidate.name, on_failure):
+            for size in img_sizes:
+                record = record_of((deciding or candidate).record)
+                rows.append(_row(candidate, config, options, record, size))
     _require_same_images(rows)
     return rows
+
+
+@contextmanager
+def _reported(name: str, on_failure: Callable[[str, UserError], None] | None) -> Iterator[None]:
+    """Gives a `UserError` of the block to `on_failure`, where there is one."""
+    try:
+        yield
+    except UserError as error:
+        if on_failure is None:
+            raise
+        on_failure(name, error)
 
 
 def _open(

@@ -84,11 +84,25 @@ def predict(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     net: Any = model if isinstance(model, nn.Module) else hub.load(model, pretrained=True)
     task = task or task_of(net)
-    read = partial(_read, *preprocessing(net))
     place = pick_device("cpu" if device is None and next(net.parameters(), None) is None else device)
     net = net.to(place).eval()
-    remaining = iter(tqdm([*_listed(images, on_bad)], unit="image", leave=False, delay=PATIENCE, disable=not progress))
+    listed = tqdm([*_listed(images, on_bad)], unit="image", leave=False, delay=PATIENCE, disable=not progress)
     found: list[Prediction] = []
+    for paths, batch in _batches(listed, partial(_read, *preprocessing(net)), batch_size, on_bad):
+        with torch.inference_mode():
+            output = net(batch.to(place))
+        found += map(Prediction, paths, task.predict(output, topk))
+    return found
+
+
+def _batches(
+    items: Iterable[tuple[Path | None, Any]],
+    read: Callable[[tuple[Path | None, Any]], Tensor | BadImage],
+    batch_size: int,
+    on_bad: Callable[[BadImage], None] | None,
+) -> Iterator[tuple[list[Path | None], Tensor]]:
+    """Files and prepared images (B, C, H, W) of those that are readable."""
+    remaining = iter(items)
     with ThreadPoolExecutor(READERS) as readers:
         while batch := list(islice(remaining, batch_size)):
             good: list[tuple[Path | None, Tensor]] = []
@@ -100,11 +114,7 @@ def predict(
                 else:
                     on_bad(result)
             if good:
-                with torch.inference_mode():
-                    output = net(torch.stack([image for _, image in good]).to(place))
-                rows = task.predict(output, topk)
-                found += [Prediction(path, best) for (path, _), best in zip(good, rows, strict=True)]
-    return found
+                yield [path for path, _ in good], torch.stack([image for _, image in good])
 
 
 def _listed(images: Any, on_bad: Callable[[BadImage], None] | None) -> Iterator[tuple[Path | None, Any]]:

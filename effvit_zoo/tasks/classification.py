@@ -95,11 +95,11 @@ class Classification(Task):
 
     Config = ClassificationConfig
     Augment = ClassificationAugment
-    metrics = {
+    metrics = {  # noqa: RUF012
         "top1": Metric("top-1", "%", is_share=True),
         "top5": Metric("top-5", "%"),
         "macro_f1": Metric("macro-F1", "%"),
-    }  # noqa: RUF012
+    }
     logits_axis = 1
 
     def __init__(
