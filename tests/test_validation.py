@@ -14,7 +14,7 @@ from runs import make_photos
 import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.cli import main as effzoo
-from effvit_zoo.data import BadImage, ImageSource, open_splits
+from effvit_zoo.data import BadImage, Batch, ImageSource, open_splits
 from effvit_zoo.data.record import name_hashes, names_digest
 from effvit_zoo.export import TARGETS
 from effvit_zoo.export.contract import Opened
@@ -222,6 +222,25 @@ def test_a_folder_called_like_a_registered_model_is_refused(command, photos, tmp
     assert f"{tmp_path / 'resnet18'} is a model folder: write ./resnet18" in line
     if command == ["info"]:
         assert effzoo([*command, "./resnet18"]) == 0
+
+
+def test_outputs_that_are_not_numbers_are_no_result(photos, tmp_path, capsys):
+    model = effvit_zoo.create_model("effzoo_vit_pico", num_classes=3)
+    with torch.no_grad():
+        model.head.bias.fill_(float("nan"))
+    hub.save(model, tmp_path / "broken", label_names=["blue", "green", "red"])
+    assert validate("--model", tmp_path / "broken", photos=photos) == 2
+    assert effzoo(["predict", "--model", str(tmp_path / "broken"), str(photos / "red" / "0.png")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [("not numbers" in line or "not a number" in line) for line in said.err.splitlines()] == [True, True]
+
+
+def test_counting_needs_no_float64_on_the_device():
+    """Which Apple's GPUs don't have."""
+    evaluator = TASKS["classification"](3).evaluator(torch.device("mps"))
+    evaluator.update(torch.eye(3), Batch(torch.zeros(3, 3, 8, 8), torch.tensor([0, 1, 0]), torch.arange(3)))
+    assert evaluator.result(evaluator.totals(), evaluator.rows()).metrics["top1"] == pytest.approx(200 / 3)
 
 
 def test_thousands_of_classes_have_a_short_table_and_no_picture(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -176,6 +177,8 @@ def _row(
         if img_size is None or isinstance(error, UserError):
             raise
         raise UserError(f"{candidate.name} can't take images of {img_size} pixels: {one_line(error)}") from error
+    if not math.isfinite(result.metrics["loss"]):
+        raise UserError(f"{candidate.name} gives outputs that are not numbers: its weights are damaged")
     return {
         "model": candidate.name,
         "data": config.root,

@@ -303,6 +303,10 @@ class Classification(Task):
 
     def predict(self, output: Tensor, topk: int) -> list[list[dict[str, Any]]]:
         probabilities = output.float().softmax(dim=1)
+        if not probabilities.isfinite().all():
+            raise UserError(
+                "the model's output for an image is not a number: its weights are damaged, or its precision too low"
+            )
         values, indices = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         return [
             [
@@ -324,13 +328,14 @@ class ClassificationEvaluator:
     """
 
     def __init__(self, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1 hits, top-5 hits
         self.pairs: list[Tensor] = []  # (B, 2) true and predicted class, per batch
         self.worst = torch.full((WORST, 5), -1.0, dtype=torch.float64, device=device)  # rows as in `_first`
         self.examples = torch.full((EXAMPLES, 5), -1.0, dtype=torch.float64, device=device)
 
     def update(self, output: Tensor, batch: Batch) -> None:
-        logits, target = output.float(), batch.target
+        logits, target = output.float().to(self.sums.device), batch.target.to(self.sums.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
