@@ -75,6 +75,8 @@ def run_command(command: Callable[[], object]) -> int:
         The exit code: 0, 2 for bad input or a failing disk or network, 130 for an interrupt.
         Any other exception is a defect of this package and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may hold what can't be encoded
     try:
         command()
     except (UserError, OSError) as error:

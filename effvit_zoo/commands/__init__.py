@@ -54,8 +54,6 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, or 2 after one line on stderr for what the user can mend."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal can't show
     try:
         return run_command(lambda: dispatch(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # --help and --version
