@@ -65,7 +65,13 @@ def test_the_recipe_in_one_command(photos, tmp_path, capsys):
         page.index(f">{part}</h2>") for part in ("Examples", "Summary", "Curves", "Confusion matrix", "Technical")
     ]
     assert places == sorted(places)
-    for word in ("95 % interval", "always naming the largest class, blue", "macro-F1", "hflip", "cross-covariance"):
+    for word in (
+        "95 % interval",
+        "always naming the largest class, blue",
+        "macro-F1",
+        "hflip",
+        "3 x cross covariance attention",
+    ):
         assert word in page
     assert "top-5" not in page  # of three classes
     assert summary(output)["epochs_run"] == 2
@@ -197,7 +203,7 @@ def test_the_surest_mistakes_are_kept(photos, tmp_path):
     assert [row[1:] for row in got] == [list(row[1:]) for row in expected[:24]]
     page = (output / "report.html").read_text()
     for _, index, *_ in got:
-        assert feed.val_image(index)[0] in page
+        assert feed.val_image(int(index))[0] in page
 
 
 def test_scores_of_all_classes():

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from effvit_zoo.viz import fonts, style
 from effvit_zoo.viz.curves import curves, single_curves
 from effvit_zoo.viz.matrix import confusion_matrix
 from effvit_zoo.viz.predictions import MAX_SIDE, MIN_WIDTH, annotate
-from effvit_zoo.viz.selection import metric_over_macs
+from effvit_zoo.viz.selection import metric_over_cost
 
 PANELS = [("Top-1, %", "train_top1", "top1", True)]
 
@@ -207,13 +208,32 @@ def test_names_are_drawn_by_any_installed_font_that_has_them(installed, tmp_path
     assert ink.sum() > 0.7 * (0.9 * size) ** 2  # the square of the font, where boxes would be hollow
 
 
-def test_any_metric_over_macs(tmp_path):
-    points = [{"macs": macs, "ratio": ratio, "miou": 40 + 9 * ratio} for macs, ratio in ((2e8, 0.5), (4e8, 0.9))]
-    dense = {"macs": 5e8, "miou": 50.0}
-    options = {"key": "miou", "label": "mIoU, %", "controls": {"random": points[:1]}}
-    found = texts(lambda path: metric_over_macs({"ToSA": points}, dense, path, **options), tmp_path)
-    for text in ("mIoU, %", "r = 0.5", "r = 0.9", "ToSA", "random", "dense"):
+def test_any_metric_over_cost(tmp_path):
+    points = [
+        {"macs": macs, "ms": ms, "ratio": ratio, "miou": 40 + 9 * ratio}
+        for macs, ms, ratio in ((2e8, 5.0, 0.5), (4e8, 4.0, 0.9))
+    ]
+    dense = {"macs": 5e8, "ms": 3.0, "miou": 50.0}
+    options = {"key": "miou", "label": "mIoU, %", "subtitle": "on this host", "controls": {"random": points[:1]}}
+    found = texts(lambda path: metric_over_cost("ToSA", points, dense, path, **options), tmp_path)
+    assert found.count("r = 0.5") == found.count("r = 0.9") == 2  # over computation and over time
+    for text in ("time per image, ms", "attention ratio", "on this host", "random", "dense"):
         assert text in found
+    assert sum(text.startswith("mIoU, % (axis from ") for text in found) == 3
+    axes = []
+    drawn = style.figure
+
+    @contextmanager
+    def kept(*args):
+        with drawn(*args) as fig:
+            yield fig
+            axes.extend(fig.axes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "figure", kept)
+        metric_over_cost("ToSA", points, dense | {"miou": 4.0}, tmp_path / "zero.png", key="miou", label="mIoU, %")
+    assert [ax.get_xlim()[0] for ax in axes] == [ax.get_ylim()[0] for ax in axes] == [0, 0]
+    assert all(line.get_linestyle() == "None" for ax in axes for line in ax.lines)  # nothing between measured points
 
 
 def test_bars_are_as_long_as_their_probabilities():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,15 @@ def write_report(folder: Path, page: Page) -> Path:
     pages = Environment(
         loader=PackageLoader("effvit_zoo", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    pages.filters |= {"shown": shown, "embedded": _embedded, "thumbnail": _thumbnail, "plot": plot}
+    pages.filters |= {"shown": _fact, "embedded": _embedded, "thumbnail": _thumbnail, "plot": plot}
     text = pages.get_template("run_page.html.j2").render(page=page)
     # names of files that are not UTF-8 come as surrogates, which no page may have
     run_folder.write_text(folder / run_folder.REPORT, text.encode(errors="replace").decode())
     return folder / run_folder.REPORT
+
+
+def _fact(value: Any) -> str:
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else shown(value)
 
 
 def _embedded(png: bytes, kind: str = "png") -> str:

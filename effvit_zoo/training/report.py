@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections import Counter
@@ -108,7 +109,7 @@ class RunReport:
             subline=subline,
             sections=self.task.sections(details, self.feed.val_image, folder) if best else (),
             summary=[*result, *self.settings],
-            technical=[(key.replace("_", " "), _flat(value)) for key, value in facts.items() if key not in _HIDDEN],
+            technical=[(key.replace("_", " "), value) for key, value in facts.items() if key not in _HIDDEN],
             curves=self._curves(state) if pictures and state.history else (),
             notes=[*self.notes, *_trouble(state)],
             status=status,
@@ -141,6 +142,7 @@ class RunReport:
             "steps": state.step,
             "seconds": state.seconds,
             "seed": self.config.train.seed,
+            "training_loss": self.loss,
         }
 
     def _curves(self, state: RunState) -> list[tuple[str, str, list[bytes]]]:
@@ -158,14 +160,15 @@ def resume_command(folder: Path, processes: int = 1) -> str:
 
 
 def mixers(model: nn.Module) -> str:
-    """The token mixers of a model and how many there are of each, e.g. "12 x softmax, SDPA"; "" where none is known."""
+    """The token mixers of a model and how many there are of each, e.g. "12 x softmax"; "" where none is known."""
     found: Counter[str] = Counter()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         kind = type(module)
         known = kind.__module__.startswith("effvit_zoo.attention.") or isinstance(module, Attention)
         if known and not name.startswith(inside):
-            found[getattr(kind, "label", "") or kind.__name__] += 1
+            words = re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__).lower()
+            found[(getattr(kind, "label", "") or words).partition(",")[0]] += 1
             inside = (*inside, f"{name}.")
     return ", ".join(f"{count} x {name}" for name, count in found.items())
 
@@ -204,7 +207,3 @@ def _trouble(state: RunState) -> list[str]:
     if state.skipped_steps:
         lines.append(f"{state.skipped_steps} steps were skipped because their loss was not finite")
     return lines
-
-
-def _flat(value: Any) -> Any:
-    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else value

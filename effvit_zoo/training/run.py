@@ -94,26 +94,24 @@ def train(
     accelerator.init_trackers(project, config=_tracker_config(config))
     verb = "resuming" if checkpoint else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
-    notes = start_notes(config) + data_notes(run, config) if accelerator.is_main_process else []
-    for note in notes:
-        print(note)
-    report = RunReport(
-        run.task,
-        run.feed,
-        config,
-        folder,
-        run.model,
-        accelerator.num_processes,
-        notes=notes,
-        again=again,
-        loss=getattr(objective, "loss_title", ""),
-    )
+    report = _report(run, config, objective, accelerator, folder, again)
     result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint, report)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
     if accelerator.is_main_process:
         _conclude(run, config, result, accelerator, folder, report)
     return folder
+
+
+def _report(
+    run: Prepared, config: RunConfig, objective: Objective, accelerator: Accelerator, folder: Path, again: str
+) -> RunReport:
+    """The run's report; prints its notes."""
+    notes = start_notes(config) + data_notes(run, config) if accelerator.is_main_process else []
+    for note in notes:
+        print(note)
+    loss, processes = getattr(objective, "loss_title", ""), accelerator.num_processes
+    return RunReport(run.task, run.feed, config, folder, run.model, processes, notes=notes, again=again, loss=loss)
 
 
 def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objective:
