@@ -62,13 +62,14 @@ def run(args: argparse.Namespace) -> None:
     found = predict(model, paths, task=task, topk=max(args.topk, DRAWN_ROWS if drawing else 0), **options)
     if not found:
         raise UserError(f"none of the {len(paths)} images could be read")
-    for prediction in found if drawing else ():
-        drawn = task.draw_prediction(open_image(prediction.image), prediction.rows[:DRAWN_ROWS])
-        drawn.save(drawing.target(prediction.image))
+    read = [(one.image, one.rows) for one in found if one.image is not None]
+    if drawing is not None:
+        for image, best in read:
+            task.draw_prediction(open_image(image), best[:DRAWN_ROWS]).save(drawing.target(image))
     if args.show_tokens:
         tokens = _Drawing(args.draw or Path(), args.images, paths, ".tokens.png")
-        _show_tokens(model, [prediction.image for prediction in found], tokens)
-    rows = [{"image": str(one.image)} | row for one in found for row in one.rows[: args.topk]]
+        _show_tokens(model, [image for image, _ in read], tokens)
+    rows = [{"image": str(image)} | row for image, best in read for row in best[: args.topk]]
     if args.json or args.csv:
         print_rows(_per_image(rows) if args.json else rows, args.json, args.output)
     else:

@@ -121,7 +121,7 @@ def _listed(images: Any, on_bad: Callable[[BadImage], None] | None) -> Iterator[
     """Each image with its file, None for one that is not a file; folders are searched and batches taken apart."""
     if isinstance(images, str | os.PathLike):
         try:
-            yield from ((path, path) for path in find_images([images]))
+            yield from ((path, path) for path in find_images([Path(images)]))
         except BadImage as error:
             if on_bad is None:
                 raise
