@@ -83,7 +83,7 @@ def _found(given: Sequence[str], note: Callable[[Any], None]) -> list[Path]:
     found: dict[str, Path] = {}
     for path in given:
         try:
-            for image in find_images([path]):
+            for image in find_images([path], lambda line: print(line, file=sys.stderr)):
                 found.setdefault(os.path.abspath(image), image)
         except BadImage as error:
             note(error)

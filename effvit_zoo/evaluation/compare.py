@@ -98,6 +98,8 @@ def validate(
         with _reported(candidate.name, on_failure):
             opened.append((candidate, _open(candidate, config, options.split, record_of(candidate.record))))
     deciding = _deciding(opened)
+    for note in dict.fromkeys(note for _, measured in opened for note in measured.source.notes):
+        tqdm.write(note)
     rows: list[dict[str, Any]] = []
     for candidate, _ in opened:
         with _reported(candidate.name, on_failure):

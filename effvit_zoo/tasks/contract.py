@@ -194,7 +194,7 @@ class Task(ABC):
 
     Config: ClassVar[type]
     Augment: ClassVar[type[Augment]] = Augment
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: Mapping[str, Metric]
     logits_axis: ClassVar[int | None] = None
 
     # data
