@@ -130,6 +130,8 @@ class Distillation:
         if task.logits_axis is None:
             raise UserError("distill.teacher: the outputs of this task are not logits of classes, expected null")
         self.task, self.teacher, self.config, self.axis = task, teacher, config, task.logits_axis
+        self.compared = teacher.note  # how the teacher's outputs correspond, for the user
+        self.loss_title = "labels and teacher"
 
     def trainable(self, model: nn.Module) -> nn.Module:
         if self.config.kind == "token":
