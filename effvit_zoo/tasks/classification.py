@@ -172,8 +172,7 @@ class Classification(Task):
         if not num_classes:
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
         known = hub.known_names(model)
-        labels = known[0] if known else None
-        return cls(num_classes, labels=labels, shown=hub.class_names(model), known=known[1:])
+        return cls(num_classes, labels=known[0] if known else None, shown=hub.class_names(model), known=known[1:])
 
     def align(self, source: Any, by_position: bool = False) -> tuple[AnySource, str]:
         options: dict[str, Any] = {"by_position": by_position, "option": "--classes position"}
