@@ -81,6 +81,7 @@ def class_order(
     num_classes: int,
     *,
     by_position: bool = False,
+    as_many: bool = True,
     whose: str = "the model",
     option: str,
 ) -> tuple[tuple[int, ...], str]:
@@ -91,6 +92,7 @@ def class_order(
         known: As in `match_classes`.
         num_classes: Number of the model's classes.
         by_position: Class number n of the data is number n of the model, whatever the names.
+        as_many: Without names, both must have the same number of classes.
         whose: The model in messages.
         option: The setting that gives `by_position`, for messages.
 
@@ -108,7 +110,7 @@ def class_order(
     if len(wanted) > num_classes:
         raise UserError(f"{whose} knows {num_classes} classes, the data has {len(wanted)}")
     nameless = "the data has" if any(known) else f"{whose} has"
-    if len(wanted) < num_classes and not by_position:
+    if len(wanted) < num_classes and as_many and not by_position:
         raise UserError(
             f"{whose} knows {num_classes} classes{'' if any(known) else ' without their names'}, the data has {len(wanted)}"
             f"{' without theirs' if any(known) else ''}: expected as many, or {option} to compare by position"

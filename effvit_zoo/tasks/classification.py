@@ -175,7 +175,7 @@ class Classification(Task):
         return cls(num_classes, labels=known[0] if known else None, shown=hub.class_names(model), known=known[1:])
 
     def align(self, source: Any, by_position: bool = False) -> tuple[AnySource, str]:
-        options: dict[str, Any] = {"by_position": by_position, "option": "--classes position"}
+        options: dict[str, Any] = {"by_position": by_position, "as_many": False, "option": "--classes position"}
         order, note = hub.class_order(source.class_names, self.known, self.num_classes, **options)
         return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32)), note
 
