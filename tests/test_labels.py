@@ -114,6 +114,10 @@ def test_the_held_out_part_of_a_table_is_found_again(flat, tmp_path):
         assert measured(moved, record) == want_part
         assert open_measured(root, record=record, labels=place).fingerprint == record["val"]["names"]
         place.unlink()
+        with pytest.raises(
+            UserError, match=r"trained with labels in .*labels\.csv, which is not there: name the table"
+        ):
+            open_measured(root, record=record)
 
 
 def test_mistakes_with_tables_are_one_line_each(flat, tmp_path):

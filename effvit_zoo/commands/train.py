@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|FOLDER",
         help="resume: auto from the latest checkpoint in the output folder, or from run FOLDER",
     )
-    parser.add_argument("--allow-change", metavar="KEY", help="config keys that may differ on resuming", **lists)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        help="config keys that may differ on resuming; data.files for other images",
+        **lists,
+    )  # type: ignore[arg-type]
     parser.add_argument(
         "--dry-run",
         action="store_true",

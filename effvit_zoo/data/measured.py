@@ -69,7 +69,14 @@ def open_measured(
     labels = labels or recorded
     candidate = _Candidate(Root.find(root, img_mode, download, kinds, labels), class_map)
     source: Any
-    source, shown = candidate.find(record, kinds) if candidate.is_automatic(split, record) else (None, "")
+    try:
+        source, shown = candidate.find(record, kinds) if candidate.is_automatic(split, record) else (None, "")
+    except UserError as error:
+        if not record.get("labels") or labels or not candidate.root.is_folder:
+            raise
+        raise UserError(
+            f"{error} (the model was trained with labels in {record['labels']}, which is not there: name the table by --data)"
+        ) from None
     if split != "auto" and shown != HELD_OUT:
         fraction, seed = record.get("val_fraction", val_fraction), record.get("split_seed", split_seed)
         options: dict[str, Any] = {"class_map": class_map, "download": download, "img_mode": img_mode, "kinds": kinds}
