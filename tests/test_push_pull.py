@@ -383,6 +383,7 @@ def test_faults_while_pushing(the_hub, trained, tmp_path, capfd, pattern, kind, 
 
 def test_faults_of_the_xet_protocol_are_one_line(the_hub, trained, capfd, monkeypatch):
     """This Hub doesn't speak it, and its library raises errors of its own."""
+    monkeypatch.chdir(trained.parent)
     monkeypatch.setattr(hub_client.constants, "HF_HUB_DISABLE_XET", False)
     assert "; the repository was created, but holds no model" in error_line(["push", trained, NAME], capfd)
 
@@ -806,6 +807,7 @@ def test_hashes_are_those_of_the_hub(tmp_path):
 
 
 def test_an_unreachable_hub_is_said_at_once(the_hub, trained, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "home")  # the discard port: nobody answers
     start = time.monotonic()
     assert "cannot reach http://127.0.0.1:9 for ada/birds" in error_line(["push", trained, NAME], capfd)

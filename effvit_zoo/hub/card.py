@@ -21,10 +21,8 @@ from ..run_folder import ARCHITECTURE_KEY, CONFIG, EXTRA_KEY, MODEL_CONFIG, RECO
 from ..version import __version__
 from .folder import HUB, LOCAL
 
-INSTALL = (
-    "```bash\npip install effvit_zoo\n```\n\n```python\nimport effvit_zoo  # registers the architecture in timm\n```"
-)
-"""First lines of the card of a model that timm alone can't build."""
+INSTALL = "```bash\npip install effvit_zoo\n```"
+"""First lines of the card of a model that timm alone can't build; the script follows."""
 
 OWN_WORDS = "<!-- What stands below this line is kept when the model is pushed again. -->"
 _DATA_SETS = {
