@@ -13,11 +13,12 @@ under training/, the records of the run. Every writer here replaces a file by a 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from .errors import UserError
 
 CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.csv", "validation.json"
 CURVES, REPORT = "curves.png", "report.html"
-BEST, LAST, CHECKPOINTS, STATE = "best", "last", "checkpoints", "state.json"
-RUN_FILES = (CONFIG, SUMMARY, METRICS, BEST, LAST, CHECKPOINTS)
-"""What makes a folder a run's: a new run doesn't start where one of these is."""
+BEST, LAST, CHECKPOINTS, STATE, LOCK = "best", "last", "checkpoints", "state.json", ".lock"
+RESULTS = (SUMMARY, METRICS, BEST, LAST, f"{CHECKPOINTS}/step-*")
+"""What a run has to lose, as patterns: a new run doesn't start where one of these is."""
 
 MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
 EXTRA_KEY = "effvit_zoo"
@@ -35,8 +36,51 @@ EXTRA_KEY = "effvit_zoo"
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a folder already holds a run."""
-    return any((folder / name).exists() for name in RUN_FILES)
+    """Whether a folder holds results of a run. One that failed before its first checkpoint leaves none."""
+    return any(True for pattern in RESULTS for _ in folder.glob(pattern))
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Creates a run folder and holds it for this process; an error before there are results leaves it as it was found.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    with lock.open("w") as file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}: name another --output") from None
+        try:
+            yield
+        except BaseException:
+            if not is_taken(folder):
+                (folder / CONFIG).unlink(missing_ok=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
+            for path in created:
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+
+
+def _lock(file: Any) -> None:
+    """Locks an open file for this process and not for those that it forks; where files have no locks, none is taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
 
 
 def run_of(model_folder: Path) -> Path | None:
@@ -51,9 +95,18 @@ def replacing(path: Path) -> Iterator[Path]:
     writing = path.with_name(f".{path.name}.writing")
     try:
         yield writing
+        open_up(writing)
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def open_up(path: Path) -> None:
+    """Gives a file, or all files in a folder, the mode of new files: some libraries write theirs for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (each for each in (path, *path.rglob("*")) if each.is_file()):
+        file.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:

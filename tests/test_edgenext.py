@@ -84,7 +84,7 @@ def test_position_encoding_follows_dtype_and_device():
     encoding = PositionalEncodingFourier(8)
     x = torch.empty(1, 8, 20, 30)
     full = encoding(x)
-    assert full.shape == (20, 30, 8)
+    assert full.shape == (1, 8, 20, 30)
     half = encoding.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert half.dtype is torch.bfloat16
     assert (

@@ -23,7 +23,7 @@ from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weigh
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
 from effvit_zoo.training.optim import make_optimizer, make_scheduler
-from effvit_zoo.training.run import prepare
+from effvit_zoo.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,14 @@ def test_a_frozen_run_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
     class Cut(BaseException):
         pass
 
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def until(self, batches):
         if self.state.step == 3:
             raise Cut
         return original(self, batches)
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", until)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", until)
     with pytest.raises(Cut):
         train_small(tmp_path / "cut", *settings)
     monkeypatch.undo()

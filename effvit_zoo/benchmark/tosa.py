@@ -41,7 +41,7 @@ from ..models.tosa_vit import ToSAViT
 from ..pipelines.tosa import DENSE_MODEL, FINETUNE, SELECTORS, TOSA
 from ..report.rows import check_output, make_console, write_rows
 from ..training.config import load_config
-from ..training.run import prepare
+from ..training.prepare import prepare
 from ..viz.selection import metric_over_macs
 
 RATIOS_FIGURE = "ratios.png"

@@ -169,6 +169,10 @@ class Classification(Task):
     # model
 
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+        if kwargs.get("num_classes", self.num_classes) != self.num_classes:
+            raise UserError(
+                f"model.kwargs.num_classes is {kwargs['num_classes']}, the data has {self.num_classes} classes: leave it out"
+            )
         return hub.load(name, pretrained=pretrained, **{**kwargs, "num_classes": self.num_classes})
 
     @property

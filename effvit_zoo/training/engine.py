@@ -46,17 +46,8 @@ class FitResult:
     images_per_second: float
 
 
-def fit(
-    task: Task,
-    objective: Objective,
-    model: nn.Module,
-    feed: Feed,
-    config: RunConfig,
-    accelerator: Accelerator,
-    folder: Path,
-    checkpoint: Path | None = None,
-) -> FitResult:
-    """Trains a model and fills the run folder, from the start or from a checkpoint.
+class Loop:
+    """A training: everything that can be refused is made here, before the run folder is written to; `run` trains and fills the folder.
 
     Args:
         task: Evaluation, metric and presentation.
@@ -69,15 +60,8 @@ def fit(
         checkpoint: A checkpoint folder of the same run to resume from.
 
     Raises:
-        UserError: A checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
-            `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
-        SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
+        UserError: An optimizer that doesn't take its settings, a model that can't be trained so, or a checkpoint that doesn't fit.
     """
-    return _Run(task, objective, model, feed, config, accelerator, folder, checkpoint).finish()
-
-
-class _Run:
-    """One call of `fit`: the parts of the loop, with what they share as attributes."""
 
     def __init__(
         self,
@@ -88,7 +72,7 @@ class _Run:
         config: RunConfig,
         accelerator: Accelerator,
         folder: Path,
-        checkpoint: Path | None,
+        checkpoint: Path | None = None,
     ):
         self.task, self.objective, self.feed, self.config = task, objective, feed, config
         self.accelerator, self.folder = accelerator, folder
@@ -144,7 +128,15 @@ class _Run:
         self.scheduler.step_update(state.step)
         return state
 
-    def finish(self) -> FitResult:
+    def run(self) -> FitResult:
+        """Trains from the start or from the checkpoint.
+
+        Raises:
+            UserError: A training set without a readable image, an unreadable file with `on_bad_file: raise`, a loss that stays
+                infinite or NaN, a dead loader worker, or a disk that is full.
+            SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
+        """
+        self.started = self.epoch_started = time.perf_counter()
         state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
         loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
         batches = watched_loader(loader)
