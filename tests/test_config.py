@@ -61,12 +61,12 @@ def test_values_arrive_with_their_types(written):
     "typed", ["3", "1e3", "007", "2024-01-01", "on", "no", "0x1F", "1_000", "1.50", "12:30", "text"]
 )
 def test_text_settings_keep_what_was_typed(written, typed):
-    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\naugment: {{auto_augment: {typed}}}\n"
+    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\ndistill: {{teacher: {typed}}}\n"
     for config in (load_config(written(text)), load_config(written("model: {name: a}"), [f"model.name={typed}"])):
         assert config.model.name == typed
         assert type(config.model.name) is str
         assert load_config(written(strict.dump(config))) == config
-    assert load_config(written(text)).augment.auto_augment == typed
+    assert load_config(written(text)).distill.teacher == typed
 
 
 def test_null_is_null_for_optional_text(written):

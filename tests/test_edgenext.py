@@ -90,7 +90,7 @@ def test_position_encoding_follows_dtype_and_device():
     assert (
         relative_error(half, full) < 1e-2
     )  # one rounding of weights, features and sum: positions themselves stayed float32
-    assert encoding.to("meta")(x.to("meta")).device.type == "meta"
+    assert encoding.to("meta")(x.to("meta", torch.bfloat16)).device.type == "meta"
     assert [key for key in encoding.state_dict() if "token_projection" not in key] == []
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 
 import pytest
 from runs import make_photos, summary, train_small
 
 from effvit_zoo import hub, run_folder
 from effvit_zoo.errors import UserError
+from effvit_zoo.pipelines import PIPELINES
 from effvit_zoo.tasks import Classification
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import CONFIGS, load_config
 from effvit_zoo.training.prepare import build_model, prepare
 from effvit_zoo.training.run import dry_run
+
+RUNS = sorted(
+    path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if "accelerate" not in path.parts
+)
+RUNS.remove("tosa/dense_demo.yaml")  # of a tool
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +45,8 @@ def test_a_single_value_per_channel_is_refused_at_the_start(photos, tmp_path, ca
     given = settings(photos, f"model.name={model}", "data.img_size=32", *batch)
     assert train_small(tmp_path / "run", *given) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    for part in (
-        model,
-        batch[0].replace("=", " "),
-        "train.grad_accum",
-        "1 x 1" if "efficient" not in model else "32 x 32",
-    ):
-        assert part in line.replace("more than 1 value per channel", "1 x 1")
+    for part in (model, batch[0].replace("=", " "), "train.grad_accum", "32 x 32", "more than 1 value per channel"):
+        assert part in line
     assert not (tmp_path / "run").exists()
 
 
@@ -62,7 +62,9 @@ def test_trying_a_single_image_leaves_the_model_as_it_was(photos, tmp_path):
         config, [f"data.root={photos}", "data.img_size=64", "data.num_workers=0", "train.batch_size=1"]
     )
     model = prepare(config, 1).model
-    assert all(buffer.abs().max() == 0 for name, buffer in model.named_buffers() if "running_mean" in name)
+    assert all(
+        buffer.abs().max() == 0 for name, buffer in model.named_buffers() if "running_mean" in name or "tracked" in name
+    )
 
 
 def test_an_optimizer_that_cannot_be_made_is_refused_before_data_is_read(photos, tmp_path, monkeypatch, capsys):
@@ -157,13 +159,9 @@ def test_a_single_epoch_works_and_says_what_gives_way(photos, tmp_path, capsys):
     assert "only the classifier is trained" in said
 
 
-@pytest.mark.parametrize("name", sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")))
+@pytest.mark.parametrize("name", RUNS)
 def test_every_shipped_config_takes_a_single_epoch(name):
-    if name.startswith("accelerate/"):
-        pytest.skip("accelerate's own")
     if name.startswith("tosa/"):
-        from effvit_zoo.pipelines import PIPELINES
-
         stages = ("dense", "selectors", "finetune")
         pipeline = PIPELINES["tosa"]
         config = pipeline.load(CONFIGS / name, [f"{stage}.train.epochs=1" for stage in stages])
@@ -187,14 +185,6 @@ def test_a_size_given_to_the_model_is_the_size_of_the_data(photos, tmp_path, nam
             build_model(load_config(config), None), tmp_path / "saved", data_config={"input_size": (3, size, size)}
         )
         assert hub.load(folder).stem.img_size == (size, size)
-
-
-def test_layers_that_share_weights_train_save_and_load(photos, tmp_path):
-    given = settings(photos, "model.name=coat_tiny", "train.batch_size=4", "data.img_size=64")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert train_small(tmp_path / "run", *given) == 0
-    assert hub.load(tmp_path / "run/best").num_classes == 2
 
 
 def test_processes_without_a_validation_image_take_part_with_none():

@@ -44,6 +44,15 @@ NUMBERS = (
     "0", "1", "2", "3", "7", "32", "48", "64", "-1", "0.0", "0.5", "1.0", "1.5", "-0.1", "1e-3", "1e-30", "1e30", ".inf", "-.inf", ".nan",
     "true", "false", "0x10", "1_0", "99999999999999999999", "16777216",
 )  # fmt: skip
+VALID = {
+    "true": ("true", "false", "on", "no"),
+    "int": ("1", "2", "3", "4", "32", "48", "null"),
+    "float": ("0", "0.1", "0.5", "0.9", "1", "1e-3", "2", "null"),
+    "[float": ("[0.5, 1.0]", "[0.08, 1]", "[0.9, 0.99]", "null"),
+    "list of float": ("[0.9, 0.99]", "[1, 2]", "[0.5]", "null"),
+    "list of int": ("[32]", "[32, 48]", "[]"),
+}
+"""Beginning of a type -> values that it may have."""
 KWARGS = (
     "img_size",
     "in_chans",
@@ -72,11 +81,20 @@ def draw(rng: random.Random, table: list[Setting]) -> list[str]:
             key = f"{key}.{rng.choice(KWARGS)}"
         if rng.random() < 0.02:
             key = rng.choice((key + "s", key.upper(), key.partition(".")[0], key + ".x"))
-        pools = [NUMBERS, TEXTS, setting.choices or NUMBERS]
-        if setting.type.startswith(("int", "float")):
-            pools.append(NUMBERS)
-        overrides.append(f"{key}={rng.choice(rng.choice(pools))}")
+        overrides.append(f"{key}={_value(rng, setting)}")
     return overrides
+
+
+def _value(rng: random.Random, setting: Setting) -> str:
+    """More often than not a value of the setting's own kind."""
+    if rng.random() < 0.35:
+        return rng.choice(rng.choice((NUMBERS, TEXTS)))
+    if setting.choices:
+        return str(rng.choice(setting.choices))
+    for kind, values in VALID.items():
+        if setting.type.startswith(kind):
+            return rng.choice(values)
+    return rng.choice((setting.default_text, rng.choice(TEXTS)))
 
 
 def attempt(path: Path, overrides: list[str]) -> str | None:
@@ -128,7 +146,6 @@ def make_images(root: Path) -> Path:
 
 def run_draws(count: int, seed: int, folder: Path) -> tuple[Counter[str], list[str]]:
     """Tries draws; (number of outcomes by kind, descriptions of failures)."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     rng = random.Random(seed)
     table = [setting for setting in settings(RunConfig) if not setting.key.startswith(NOT_HERE)]
     path = folder / "base.yaml"
@@ -159,6 +176,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         outcomes, failures = run_draws(args.draws, args.seed, Path(folder))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import (
     CosineLRScheduler,
     MultiStepLRScheduler,
@@ -26,6 +26,14 @@ from .config import OptimConfig
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """timm's optimizer by name; weights of norms, biases and what the model names in `no_weight_decay` don't decay."""
+    info = get_optimizer_info(config.name)  # timm leaves out what an optimizer doesn't have
+    expected = info.num_betas if info.has_betas else 0
+    if config.betas is not None and len(config.betas) != expected:
+        raise UserError(
+            f"optim.betas is {list(config.betas)}, expected {f'{expected} numbers' if expected else 'null'} with {config.name}"
+        )
+    if config.eps is not None and not info.has_eps:
+        raise UserError(f"optim.eps is {config.eps:g}, expected null: {config.name} has none")
     # one kernel per tensor saves a tenth of a small model's step
     fused = True if config.name.lower() in ("adam", "adamw") else None
     optional: dict[str, Any] = {"betas": config.betas, "eps": config.eps, "fused": fused}
@@ -39,7 +47,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
             layer_decay=config.layer_decay,
             **{key: value for key, value in optional.items() if value is not None},
         )
-    except (TypeError, AssertionError, ValueError, RuntimeError, AttributeError, ImportError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, AttributeError, LookupError, ImportError) as error:
         reason = one_line(error)
         raise UserError(f"optimizer {config.name!r} (optim.name) does not take these settings: {reason}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
+from timm.data.transforms import str_to_pil_interp
 from torch import nn
 
 from .. import hub
@@ -16,7 +17,6 @@ from ..data import MODES, Feed, make_feed
 from ..errors import UserError, one_line
 from ..tasks import TASKS, Task
 from .config import RunConfig
-from .guards import BufferSnapshot
 from .optim import check_optim
 
 RESERVED = frozenset({"checkpoint_path", "device", "features_only", "name", "out_indices", "scriptable"})
@@ -71,8 +71,18 @@ def _data_config(config: RunConfig, model: Any, in_chans: int) -> dict[str, Any]
     size = data.img_size or tuple(data_config["input_size"][1:])
     data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
     for key in ("mean", "std"):
-        if len(data_config[key]) != in_chans:  # colour statistics for a network that sees grey
-            data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
+        given = tuple(data_config[key])
+        if len(given) not in (1, 3):
+            raise UserError(f"{config.model.name}: {key} is {list(given)}, expected one number or three")
+        if len(given) != in_chans:  # colour statistics for a network that sees grey
+            data_config[key] = (sum(given) / len(given),) * in_chans
+    try:
+        str_to_pil_interp(data_config["interpolation"])
+    except KeyError:
+        known = "nearest, bilinear, bicubic, box, hamming, lanczos"
+        raise UserError(
+            f"{config.model.name}: interpolation is {data_config['interpolation']!r}, expected one of {known}"
+        ) from None
     return data_config
 
 
@@ -95,8 +105,10 @@ def build_model(config: RunConfig, task: Task | None) -> nn.Module:
                 model.set_input_size(img_size=size)
             elif "img_size" in inspect.signature(type(model).__init__).parameters:
                 model = build(img_size=size)
-        except (ValueError, AssertionError) as error:
-            raise UserError(f"{name} can't take images of {size} pixels: {error}") from None
+        except UserError:
+            raise
+        except (ValueError, AssertionError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise UserError(f"{name} can't take images of {size} pixels: {one_line(error)}") from error
     if config.train.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -123,8 +135,7 @@ def try_single(model: nn.Module, size: Sequence[int], config: RunConfig) -> None
     """Trains the model's forward pass on one black image, so that a BatchNorm that a batch of one leaves a single value per channel
     is a `UserError` at the start."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = BufferSnapshot(model)
-    buffers.take()
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             model.train()(torch.zeros(1, *size, device=next(model.parameters()).device))
@@ -132,10 +143,11 @@ def try_single(model: nn.Module, size: Sequence[int], config: RunConfig) -> None
         batch, steps = config.train.batch_size, config.train.grad_accum
         raise UserError(
             f"{config.model.name} can't be trained on a single image of {' x '.join(map(str, size[1:]))} pixels, which train.batch_size "
-            f"{batch} and train.grad_accum {steps} leave to a process: {one_line(error)} Larger batches, fewer accumulation steps or "
+            f"{batch} and train.grad_accum {steps} leave to a process ({one_line(error)}): larger batches, fewer accumulation steps or "
             "a larger data.img_size help"
         ) from error
     finally:
-        buffers.restore()
+        for buffer, copy in before:
+            buffer.copy_(copy)
         for module, training in modes:
             module.training = training
