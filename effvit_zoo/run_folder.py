@@ -40,6 +40,15 @@ def is_taken(folder: Path) -> bool:
     return any(True for pattern in RESULTS for _ in folder.glob(pattern))
 
 
+def require_writable(folder: Path) -> None:
+    """Raises `UserError` where the folder can't be made or written to, before hours are spent on what it is for."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output {folder}: {there} is a file, expected a folder or nothing")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output {folder}: {there} is read-only, name another --output")
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Creates a run folder and holds it for this process; an error before there are results leaves it as it was found.

@@ -198,3 +198,14 @@ def test_processes_without_a_validation_image_take_part_with_none():
     assert {len(share) for share in shares} == {1}
     with pytest.raises(UserError, match="2 training images can't be shared by 3 processes"):
         plan.require_shares()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_data_is_read(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Classification, "open_splits", lambda *_: pytest.fail("data was read"))
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file/run"):
+        assert train_small(output, *settings(photos), config=CONFIGS / "quickstart.yaml") == 2
+        assert "is a file, expected a folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert train_small(tmp_path / "run", *settings(photos)) == 2
+    assert "is read-only, name another --output" in capsys.readouterr().err

@@ -158,8 +158,7 @@ def _plan(
     if resume == "auto" and (folder / run_folder.CONFIG).is_file():
         checkpoint = find_checkpoint(folder)
         return folder, _resumed_config(folder, checkpoint, config_path, overrides, allow_change), checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file, expected a folder or nothing")
+    run_folder.require_writable(folder)
     if output is None:
         numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
         folder = next(path for path in (folder, *numbered) if not _is_used(path))
