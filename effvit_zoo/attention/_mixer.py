@@ -8,7 +8,7 @@ Layout: (B, N, C) -> (B, N, C), heads inside: B batch, N tokens, C channels, H h
 """
 
 import math
-from typing import Any, Callable, ClassVar, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, ClassVar, NamedTuple, Optional, Tuple, Type, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bo
         raise ValueError(f"{mechanism} is bidirectional, got is_causal=True, expected False")
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer is a product with its weight and nothing else, so that the product may be computed in another way.
 
     Adapters and quantisation exchange the layer, pruning and observers hook into its call, and offloading replaces its `forward`.

@@ -68,7 +68,7 @@ def _strict(hint: Any) -> Any:
     if origin is typing.Literal:
         return Annotated[hint, BeforeValidator(functools.partial(_choice, arguments))]
     if origin in (typing.Union, types.UnionType):
-        union = typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007
+        union: Any = typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007
         return Annotated[union, BeforeValidator(_null)] if types.NoneType in arguments else union
     return origin[tuple(map(_strict, arguments))] if origin in (tuple, dict) else hint
 

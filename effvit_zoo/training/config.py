@@ -286,12 +286,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     content = strict.read_yaml(path)
     strict.apply_overrides(content, overrides)
     config = parse_run(content)
-    precision, compiled = launched_precision(), launched_compile()
-    train = replace(
-        config.train,
-        precision=config.train.precision or precision or "no",
-        compile=config.train.compile or bool(compiled),
-    )
+    precision: Any = config.train.precision or launched_precision() or "no"
+    train = replace(config.train, precision=precision, compile=config.train.compile or launched_compile())
     return replace(config, train=train)
 
 

@@ -114,7 +114,7 @@ def _stable(
             f"optim.decay_epochs is {config.decay_epochs:g}, expected at most the {length / per_epoch:g} epochs after the warm-up"
         )
     timescale = (config.timescale_epochs or config.warmup_epochs or 1) * per_epoch
-    kinds = {"stable_fn": stable, "decay_fn": decay, "stable_timescale": timescale}
+    kinds: dict[str, Any] = {"stable_fn": stable, "decay_fn": decay, "stable_timescale": timescale}
     return WSDLRScheduler(
         optimizer, t_initial=length, decay_t=min(length, max(1, round(last))), lr_min=config.min_lr, **kinds, **common
     )

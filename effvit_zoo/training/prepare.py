@@ -71,19 +71,22 @@ def _data_config(config: RunConfig, model: Any, in_chans: int) -> dict[str, Any]
     size = data.img_size or tuple(data_config["input_size"][1:])
     data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
     for key in ("mean", "std"):
-        given = tuple(data_config[key])
-        if len(given) not in (1, 3):
-            raise UserError(f"{config.model.name}: {key} is {list(given)}, expected one number or three")
+        given = data_config[key]
+        is_numbers = isinstance(given, list | tuple) and all(isinstance(value, int | float) for value in given)
+        if not is_numbers or len(given) not in (1, 3) or (key == "std" and min(given) <= 0):
+            raise UserError(f"{config.model.name}: {key} is {given}, expected one number or three")
         if len(given) != in_chans:  # colour statistics for a network that sees grey
             data_config[key] = (sum(given) / len(given),) * in_chans
-    try:
-        str_to_pil_interp(data_config["interpolation"])
-    except KeyError:
-        known = "nearest, bilinear, bicubic, box, hamming, lanczos"
-        raise UserError(
-            f"{config.model.name}: interpolation is {data_config['interpolation']!r}, expected one of {known}"
-        ) from None
+    _require_interpolation(data_config["interpolation"], config.model.name)
     return data_config
+
+
+def _require_interpolation(mode: Any, name: str) -> None:
+    try:
+        str_to_pil_interp(mode)
+    except (KeyError, TypeError):
+        known = "nearest, bilinear, bicubic, box, hamming, lanczos"
+        raise UserError(f"{name}: interpolation is {mode!r}, expected one of {known}") from None
 
 
 def build_model(config: RunConfig, task: Task | None) -> nn.Module:
