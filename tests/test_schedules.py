@@ -113,3 +113,10 @@ def test_a_warmup_gives_way_in_a_short_run():
     assert resolved(10, 5) == 5
     assert resolved(5, 5) == 0.5
     assert resolved(1, 20) == pytest.approx(0.1)
+
+
+def test_the_ends_are_not_above_the_peak():
+    config = RunConfig(model=ModelConfig(name="a"), optim=OptimConfig(lr=1e-9, warmup_epochs=1)).resolve_for_processes(
+        1
+    )
+    assert (config.optim.min_lr, config.optim.warmup_lr) == (1e-9, 1e-9)

@@ -152,11 +152,12 @@ def test_launchers_and_configs_do_not_contradict_each_other_silently(photos, tmp
 
 def test_a_single_epoch_works_and_says_what_gives_way(photos, tmp_path, capsys):
     config = CONFIGS / "finetune.yaml"
-    given = settings(photos, "model.pretrained=false", "model.name=effzoo_vit_pico", "data.img_size=32")
-    assert train_small(tmp_path / "run", *given, config=config) == 0
+    more = ["model.pretrained=false", "data.img_size=32", "optim.min_lr=0.1"]
+    assert train_small(tmp_path / "run", *settings(photos, *more), config=config) == 0
     said = capsys.readouterr().out
     assert "optim.warmup_epochs is 2 and train.epochs 1: the warm-up is shortened to 0.1 epochs" in said
     assert "only the classifier is trained" in said
+    assert "optim.min_lr is 0.1, above the peak: 0.001 is used" in said
 
 
 @pytest.mark.parametrize("name", RUNS)

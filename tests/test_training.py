@@ -214,7 +214,6 @@ def test_a_taken_folder_is_left_alone(photos, config, tmp_path, capsys):
         ),
         (["optim.betas=[0.9]"], [], "optim.betas is [0.9], expected 2 numbers with adamw"),
         (["optim.name=sgd", "optim.eps=1e-6"], [], "optim.eps is 1e-06, expected null: sgd has none"),
-        (["optim.min_lr=0.1"], [], "optim.min_lr is 0.1, expected at most the peak, optim.lr (0.001)"),
         (["model.kwargs.num_classes=7"], [], "model.kwargs.num_classes is 7, the data has 2 classes"),
         (["model.kwargs.in_chans=[3]"], [], "model.kwargs.in_chans is [3], expected 3 (RGB) or 1 (grey)"),
         (["model.kwargs.features_only=true"], [], "model.kwargs.features_only is not a setting of the network"),

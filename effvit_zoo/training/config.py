@@ -226,11 +226,10 @@ class RunConfig:
 
     def resolve_for_processes(self, num_processes: int) -> RunConfig:
         """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes, and with
-        a warm-up that fits into the run.
+        a warm-up that fits into the run and rates at both ends that are not above the peak.
 
         Raises:
-            UserError: `global_batch` is not a multiple of the images that all processes take in one forward pass, or a rate from
-                which or to which the schedule goes is above its peak.
+            UserError: `global_batch` is not a multiple of the images that all processes take in one forward pass.
         """
         train, optim = self.train, self.optim
         at_once = train.batch_size * num_processes
@@ -246,15 +245,7 @@ class RunConfig:
             optim = replace(optim, lr=optim.lr * images / optim.lr_base_batch, lr_base_batch=None)
         if optim.warmup_epochs >= train.epochs:
             optim = replace(optim, warmup_epochs=train.epochs / 10)
-        limits = {
-            "min_lr": optim.schedule not in ("step", "multistep", "constant"),
-            "warmup_lr": optim.warmup_epochs > 0,
-        }
-        for name in (name for name, is_used in limits.items() if is_used):
-            if getattr(optim, name) > optim.lr:
-                raise UserError(
-                    f"optim.{name} is {getattr(optim, name):g}, expected at most the peak, optim.lr ({optim.lr:g})"
-                )
+        optim = replace(optim, min_lr=min(optim.min_lr, optim.lr), warmup_lr=min(optim.warmup_lr, optim.lr))
         return replace(self, train=train, optim=optim)
 
 

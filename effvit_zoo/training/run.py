@@ -242,6 +242,9 @@ def config_notes(asked: RunConfig, config: RunConfig) -> list[str]:
             f"optim.warmup_epochs is {asked.optim.warmup_epochs:g} and train.epochs {train.epochs}: "
             f"the warm-up is shortened to {config.optim.warmup_epochs:g} epochs"
         )
+    for name in ("min_lr", "warmup_lr") if config.optim.warmup_epochs else ("min_lr",):
+        if getattr(asked.optim, name) > config.optim.lr:
+            notes.append(f"optim.{name} is {getattr(asked.optim, name):g}, above the peak: {config.optim.lr:g} is used")
     if train.freeze_epochs >= train.epochs:
         notes.append(
             f"train.freeze_epochs is {train.freeze_epochs} and train.epochs {train.epochs}: only the classifier is trained"
