@@ -50,6 +50,13 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
+def _outputs(layer: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A part of a linear layer's outputs; fx records the call."""
+    if isinstance(x, torch.fx.Proxy) or not is_plain_linear(layer):
+        return layer(x)[..., start:stop]
+    return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
+
+
 class TokenMixer(nn.Module):
     """Projections, heads and dropout around `mix`; (B, N, C) -> (B, N, C).
 
@@ -140,10 +147,11 @@ class TokenMixer(nn.Module):
 
     def project_part(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Outputs `start` to `stop` of `qkv`, (B, N, C) -> (B, N, stop - start); a plain layer computes no others."""
-        if not torch.jit.is_scripting() and not isinstance(x, torch.fx.Proxy) and is_plain_linear(self.qkv):
-            bias = self.qkv.bias
-            return F.linear(x, self.qkv.weight[start:stop], None if bias is None else bias[start:stop])
-        return self.qkv(x)[..., start:stop]
+        if torch.jit.is_scripting():
+            part = self.qkv(x)[..., start:stop]
+        else:
+            part = _outputs(self.qkv, x, start, stop)
+        return part
 
     def project_out(self, x: torch.Tensor) -> torch.Tensor:
         """Mixed heads (B, H, N, D) -> tokens (B, N, C)."""
