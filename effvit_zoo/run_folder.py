@@ -2,7 +2,7 @@
 
 A run folder holds what one training produced:
 
-    config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  tensorboard/
+    config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  data.json.gz  tensorboard/
     best/  last/                     model folders, of the best and of the last epoch
     checkpoints/step-00000500/       resumable state
 
@@ -25,6 +25,8 @@ from typing import Any
 from .errors import UserError
 
 CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.csv", "validation.json"
+DATA = "data.json.gz"
+"""Names of the images that a run was started with; they stay on the machine."""
 CURVES, REPORT = "curves.png", "report.html"
 BEST, LAST, CHECKPOINTS, STATE, LOCK = "best", "last", "checkpoints", "state.json", ".lock"
 RESULTS = (SUMMARY, METRICS, BEST, LAST, f"{CHECKPOINTS}/step-*")
@@ -68,7 +70,8 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         except BaseException:
             if not is_taken(folder):
-                (folder / CONFIG).unlink(missing_ok=True)
+                for name in (CONFIG, DATA):
+                    (folder / name).unlink(missing_ok=True)
             raise
         finally:
             lock.unlink(missing_ok=True)

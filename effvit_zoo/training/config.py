@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from timm.optim import list_optimizers
 
 from .. import config as strict
-from .. import tasks
+from .. import run_folder, tasks
 from ..config import one_of, section
 from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
@@ -274,7 +274,19 @@ def parse_run(content: dict[str, Any]) -> RunConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides, validates the result, and completes it by what `accelerate launch`
     was told. Raises `UserError`."""
-    content = strict.read_yaml(path)
+    return _complete(strict.read_yaml(path), overrides)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run folder. Where it is of a version without `data.split_seed`, the split came from `train.seed`."""
+    content = strict.read_yaml(folder / run_folder.CONFIG)
+    data, train = content.get("data") or {}, content.get("train") or {}
+    if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
+        content["data"] = {**data, "split_seed": train["seed"]}
+    return _complete(content, overrides)
+
+
+def _complete(content: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     strict.apply_overrides(content, overrides)
     config = parse_run(content)
     precision: Any = config.train.precision or launched_precision() or "no"

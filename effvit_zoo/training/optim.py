@@ -134,5 +134,5 @@ _SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
 
 def check_optim(config: OptimConfig, epochs: int) -> None:
     """Raises `UserError` for an optimizer or a schedule that can't be made, before anything that takes time."""
-    single = make_optimizer(nn.Linear(1, 1), replace(config, layer_decay=None))
+    single = make_optimizer(nn.utils.skip_init(nn.Linear, 1, 1), replace(config, layer_decay=None))
     make_scheduler(single, config, epochs, steps_per_epoch=1)
