@@ -53,7 +53,7 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Creates a run folder and holds it for this process; an error before there are results leaves it as it was found.
+    """Creates a run folder and holds it for this process; a folder without content doesn't stay.
 
     Raises:
         UserError: Another process holds it.
@@ -68,11 +68,6 @@ def claimed(folder: Path) -> Iterator[None]:
             raise UserError(f"another process is training in {folder}: name another --output") from None
         try:
             yield
-        except BaseException:
-            if not is_taken(folder):
-                for name in (CONFIG, DATA):
-                    (folder / name).unlink(missing_ok=True)
-            raise
         finally:
             lock.unlink(missing_ok=True)
             for path in created:
@@ -122,10 +117,10 @@ def open_up(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, creating its folder."""
+    """Writes a text file in UTF-8, creating its folder. Bytes of file names that are no UTF-8 become escapes, those of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as writing:
-        writing.write_text(text, encoding="utf-8")
+        writing.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
