@@ -94,7 +94,7 @@ class Classification(Task):
         labels: Class names in the order of the logits, saved with the model; None where the model has none.
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
-        known: Further lists of names by which the data may mean the classes, see `hub.known_names`.
+        known: Lists of names by which data may mean the classes, see `hub.known_names`; the first are labels where there are no others.
     """
 
     Config = ClassificationConfig
@@ -121,7 +121,7 @@ class Classification(Task):
         if num_classes < TOP5_FROM:
             self.metrics = {name: metric for name, metric in self.metrics.items() if name != "top5"}
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
-        self.labels = None if labels is None else tuple(labels)
+        self.labels = tuple(labels or next(iter(known), ())) or None
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
         self.known = (self.labels, *known)
         self.class_weights = class_weights
@@ -168,11 +168,9 @@ class Classification(Task):
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Classification:
-        num_classes = int(getattr(model, "num_classes", 0) or 0)
-        if not num_classes:
+        if not (num_classes := int(getattr(model, "num_classes", 0) or 0)):
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
-        known = hub.known_names(model)
-        return cls(num_classes, labels=known[0] if known else None, shown=hub.class_names(model), known=known[1:])
+        return cls(num_classes, shown=hub.class_names(model), known=hub.known_names(model))
 
     def align(self, source: Any, by_position: bool = False) -> tuple[AnySource, str]:
         options: dict[str, Any] = {"by_position": by_position, "as_many": False, "option": "--classes position"}
@@ -208,6 +206,8 @@ class Classification(Task):
     # model
 
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+        if (given := kwargs.get("num_classes", self.num_classes)) != self.num_classes:
+            raise UserError(f"model.kwargs.num_classes is {given}, the data has {self.num_classes} classes")
         options = {"pretrained": pretrained, "by_position": self.config.classes == "position", **kwargs}
         model, self.start_note = hub.load_for_classes(name, self.num_classes, self.labels, **options)
         return model
