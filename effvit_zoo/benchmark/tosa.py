@@ -42,7 +42,7 @@ from ..pipelines.tosa import DENSE_MODEL, FINETUNE, SELECTORS, TOSA
 from ..report.rows import check_output, make_console, write_rows
 from ..tasks import Section
 from ..tasks import Table as ReportTable
-from ..training.config import load_config
+from ..training.config import load_run
 from ..training.run import prepare
 from ..viz.selection import metric_over_cost
 
@@ -419,4 +419,4 @@ def _tosa(folder: Path) -> ToSAViT:
 
 def _feed(folder: Path) -> Feed:
     """The images of a pipeline's last stage."""
-    return prepare(load_config(folder / FINETUNE / run_folder.CONFIG), 1).feed
+    return prepare(load_run(folder / FINETUNE), 1).feed
