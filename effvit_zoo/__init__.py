@@ -10,6 +10,7 @@ from torch import nn
 
 from . import hub as hub
 from . import models as models
+from .evaluation.prediction import predict as predict
 from .export.optimize import optimize_for_inference as optimize_for_inference
 from .hub import pull as pull
 from .models import swap_attention as swap_attention
@@ -22,6 +23,7 @@ __all__ = [
     "create_model",
     "list_models",
     "optimize_for_inference",
+    "predict",
     "pull",
     "push",
     "swap_attention",

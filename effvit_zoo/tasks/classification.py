@@ -44,8 +44,10 @@ SPELT = 20  # names in a note
 EXAMPLES = 12  # images that stand for all in the report
 TOP5_FROM = 7  # classes from which on top-5 is shown; of fewer it says next to nothing
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
-CONFUSION = "confusion_matrix.png"
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
+MATRIX_UP_TO = 300  # classes up to which the confusion matrix is drawn, of which more couldn't be told apart
+TABLE_UP_TO = 200  # classes in a table: the weakest
+CONFUSION = "confusion_matrix.png"
 
 
 @section
@@ -94,7 +96,11 @@ class Classification(Task):
 
     Config = ClassificationConfig
     Augment = ClassificationAugment
-    metrics = {"top1": Metric("top-1", "%"), "top5": Metric("top-5", "%"), "macro_f1": Metric("macro-F1", "%")}  # noqa: RUF012
+    metrics = {  # noqa: RUF012
+        "top1": Metric("top-1", "%", is_share=True),
+        "top5": Metric("top-5", "%"),
+        "macro_f1": Metric("macro-F1", "%"),
+    }
     logits_axis = 1
 
     def __init__(
@@ -172,9 +178,9 @@ class Classification(Task):
     def data_notes(self, splits: DataSplits) -> list[str]:
         notes = self.picture_notes()
         if not isinstance(splits.train, ImageSource):
-            return [*notes, f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}"]
+            return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}", *notes]
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
-        notes.append(_class_note(self.shown, counts, splits.val))
+        notes.insert(0, _class_note(self.shown, counts, splits.val))
         if counts.max() >= UNEQUAL * counts.min():
             least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
             advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
@@ -261,10 +267,15 @@ class Classification(Task):
         self, details: Mapping[str, Any], image_of: Callable[[int], tuple[str, Image.Image] | None], folder: Path | None
     ) -> list[Section]:
         cells = details["cells"]
-        table = Section("Classes, weakest first", table=class_table(cells, self.shown))
+        number = len({true for true, _, _ in cells})
+        left_out = f": {TABLE_UP_TO} of {number:,}" if number > TABLE_UP_TO else ""
+        table = Section(f"Classes, weakest first{left_out}", table=class_table(cells, self.shown))
         if folder is None:
             return [table]
-        confusion_matrix(dense_counts(cells, self.num_classes), list(self.shown), folder / CONFUSION)
+        matrix = Section("Confusion matrix", f"Not drawn for more than {MATRIX_UP_TO} classes.")
+        if self.num_classes <= MATRIX_UP_TO:
+            confusion_matrix(dense_counts(cells, self.num_classes), list(self.shown), folder / CONFUSION)
+            matrix = Section("Confusion matrix", figure=CONFUSION)
         examples = self._pictures(details.get("examples", ()), image_of)
         mistakes = self._pictures(details["mistakes"], image_of)
         none = "None, or the images are not available (streams are read once)."
@@ -272,7 +283,7 @@ class Classification(Task):
         return [
             Section("Examples", "Validation images chosen at random." if examples else none, pictures=examples),
             Section("Most confident mistakes", surest if mistakes else none, pictures=mistakes),
-            Section("Confusion matrix", figure=CONFUSION),
+            matrix,
             table,
         ]
 
@@ -295,6 +306,10 @@ class Classification(Task):
 
     def predict(self, output: Tensor, topk: int) -> list[list[dict[str, Any]]]:
         probabilities = output.float().softmax(dim=1)
+        if not probabilities.isfinite().all():
+            raise UserError(
+                "the model's output for an image is not a number: its weights are damaged, or its precision too low"
+            )
         values, indices = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         return [
             [
@@ -316,13 +331,14 @@ class ClassificationEvaluator:
     """
 
     def __init__(self, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1 hits, top-5 hits
         self.pairs: list[Tensor] = []  # (B, 2) true and predicted class, per batch
         self.worst = torch.full((WORST, 5), -1.0, dtype=torch.float64, device=device)  # rows as in `_first`
         self.examples = torch.full((EXAMPLES, 5), -1.0, dtype=torch.float64, device=device)
 
     def update(self, output: Tensor, batch: Batch) -> None:
-        logits, target = output.float(), batch.target
+        logits, target = output.float().to(self.sums.device), batch.target.to(self.sums.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
@@ -404,8 +420,8 @@ def dense_counts(cells: Sequence[Sequence[int]], num_classes: int) -> np.ndarray
 
 
 def class_table(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
-    """Per class that occurs: images, recall, precision, F1 and the most frequent confusion; lowest F1 first."""
-    rows = sorted(per_class(cells).items(), key=lambda item: item[1]["f1"])
+    """Per class that occurs: images, recall, precision, F1 and the most frequent confusion; lowest F1 first, `TABLE_UP_TO` of them."""
+    rows = sorted(per_class(cells).items(), key=lambda item: item[1]["f1"])[:TABLE_UP_TO]
     head = ("class", "images", "recall, %", "precision, %", "F1, %", "most often taken for")
     return Table(
         head,

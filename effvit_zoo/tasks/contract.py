@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..config import section
 from ..data import AnySource, Batch, DataConfig, DataSplits, Measured, Transforms
 from ..hub import CardFacts
+from ._scores import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Metric:
         unit: "%" or another unit; "" for a plain number.
         higher_is_better: Direction of improvement.
         digits: Decimals in reports.
+        is_share: Whether it is the percentage of the images for which something is true, so that it has a confidence interval.
     """
 
     title: str
     unit: str = ""
     higher_is_better: bool = True
     digits: int = 2
+    is_share: bool = False
 
     def show(self, value: float, digits: int | None = None) -> str:
         """E.g. "87.95 %"."""
@@ -191,7 +194,7 @@ class Task(ABC):
 
     Config: ClassVar[type]
     Augment: ClassVar[type[Augment]] = Augment
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: Mapping[str, Metric]
     logits_axis: ClassVar[int | None] = None
 
     # data
@@ -300,6 +303,14 @@ class Task(ABC):
             folder: Where to write figures; None for tables alone.
         """
         return []
+
+    def intervals(self, metrics: Mapping[str, float], images: int) -> dict[str, list[float]]:
+        """NAME_interval -> [low, high], Wilson's 95 % interval in percent, of those metrics that are shares of the images."""
+        return {
+            f"{name}_interval": [100 * end for end in wilson_interval(metrics[name] / 100, images)]
+            for name, metric in self.metrics.items()
+            if metric.is_share and name in metrics
+        }
 
     def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The lines of a report's summary that say how good the model is: name -> text. The first is the most important.

@@ -94,7 +94,7 @@ class RunReport:
             pictures: With figures and images.
         """
         started = time.monotonic()
-        best, details = state.best.get("metrics"), state.best.get("details")
+        best, details = state.best.get("metrics"), state.best.get("details") or {}
         name, metric = next(iter(self.task.metrics.items()))
         headline, subline, result = "No epoch is finished yet", "", []
         if best:
