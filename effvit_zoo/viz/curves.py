@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
@@ -67,14 +68,14 @@ def curves(
 
 
 @contextmanager
-def _figure(drawers: Sequence[Callable[[Axes], None]], path: str | Path | BinaryIO) -> Iterator[list[Axes]]:
+def _figure(drawers: Sequence[Callable[[Axes], None]], path: str | Path | BinaryIO) -> Iterator[Figure]:
     """The drawn panels side by side, written when the block ends."""
     widths = [1.0] * (len(drawers) - 1) + [RATE_SHARE]
     with style.figure(PANEL_INCHES * sum(widths), 3.9, path) as fig:
         axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         for ax, draw in zip(axes, drawers, strict=True):
             draw(ax)
-        yield list(axes)
+        yield fig
 
 
 def single_curves(
@@ -85,10 +86,10 @@ def single_curves(
 ) -> list[bytes]:
     """The panels of `curves` as a PNG each, for narrow screens, cut out of the whole, which is written to `path` where there is one."""
     whole = io.BytesIO()
-    with _figure(_drawers(rows, panels, loss), whole) as axes:
-        axes[0].figure.draw_without_rendering()  # settles the layout
-        width = axes[0].figure.bbox.width
-        places = [ax.get_tightbbox().intervalx / width for ax in axes]
+    with _figure(_drawers(rows, panels, loss), whole) as fig:
+        fig.draw_without_rendering()  # settles the layout
+        boxes = [box for ax in fig.axes if (box := ax.get_tightbbox()) is not None]
+        places = [box.intervalx / fig.bbox.width for box in boxes]
     if path is not None:
         with replacing(Path(path)) as writing:
             writing.write_bytes(whole.getvalue())
