@@ -23,9 +23,6 @@ PANEL_INCHES, RATE_SHARE = 12 / 2.8, 0.8
 """Width of a panel, and that of the learning rate as a share of it."""
 
 
-_BESIDE: Any = {"loc": "right", "fontsize": 9.5, "fontweight": "normal"}  # text on the line of a panel's title
-
-
 class Panel(NamedTuple):
     """A metric's panel.
 
@@ -114,7 +111,7 @@ def _drawers(
     def values(panel: Panel, ax: Axes, columns: Sequence[list[float]]) -> None:
         _draw(ax, panel.title, epochs, [("training", style.ORANGE), ("validation", style.BLUE)], columns)
         if loss and panel.training == LOSS.training:
-            ax.set_title(loss, **_BESIDE, color=style.QUIET)
+            ax.set_ylabel(loss)
         if panel.higher_is_better is not None:
             _mark_best(ax, epochs, columns[1], panel.higher_is_better)
 
@@ -177,6 +174,8 @@ def _mark_best(ax: Axes, epochs: Sequence[float], values: Sequence[float], highe
     ax.plot(epochs[best], values[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=style.BLUE)
     ax.set_title(
         f"best {values[best]:.2f} at epoch {epochs[best]:.0f}",
-        **_BESIDE,
+        loc="right",
+        fontsize=9.5,
+        fontweight="normal",
         color=style.BLUE,
     )
