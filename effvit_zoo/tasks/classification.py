@@ -259,10 +259,8 @@ class Classification(Task):
         shown = dict(super().result(metrics, details))
         shown["top-1"] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %, {images:,} images)"
         share = 100 * true[largest] / images
-        return [
-            *shown.items(),
-            ("baseline", f"{share:.2f} % by always naming the largest class, {self.shown[largest]}"),
-        ]
+        baseline = f"{share:.2f} % by always naming the largest class, {self.shown[largest]}"
+        return [*shown.items(), ("baseline", baseline)]
 
     def sections(
         self, details: Mapping[str, Any], image_of: Callable[[int], tuple[str, Image.Image] | None], folder: Path | None
