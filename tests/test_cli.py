@@ -19,6 +19,7 @@ from effvit_zoo import hub
 from effvit_zoo.cli import COMMANDS, main
 from effvit_zoo.errors import UserError
 from effvit_zoo.measure import cost
+from effvit_zoo.viz import fonts
 
 NAME = "test_vit"
 
@@ -201,6 +202,19 @@ def test_predict_with_nothing_to_read(folder, photos, capsys):
     assert lines[1:] == ["error: none of the 1 images could be read"]
     assert main(["predict", "--model", str(folder), "gone.png"]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == ["error: there is no image to predict"]
+
+
+def test_predict_says_once_where_no_font_has_a_name(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fonts, "findSystemFonts", list)
+    monkeypatch.setattr(fonts, "_found", {})
+    model = effvit_zoo.create_model("effzoo_vit_pico", num_classes=2)
+    hub.save(model, tmp_path / "model", label_names=("猫", "dog"))
+    argv = ["predict", "--model", str(tmp_path / "model"), str(photos / "a.png"), "--draw", str(tmp_path / "drawn")]
+    assert main([*argv, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("note: no installed font can draw 1 of the 2 class names") == 1
+    assert "0 is 猫" in printed.err
+    assert "猫" in printed.out
 
 
 def test_predict_draws_every_image_once(folder, photos, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """ToSA's three stages: what each of them trains, going on after a cut in any of them, and what the folder tells afterwards."""
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -88,6 +90,30 @@ def test_folders_are_loadable_and_tell_what_came_out(whole):
     assert (whole / "ratios.png").stat().st_size > 5000
     for stage in pipeline.STAGES:
         assert (whole / stage.folder / "curves.png").is_file()
+
+
+def test_one_report_for_all_stages(whole):
+    """The stage that learns no classes shows no accuracy, and the pipeline's own result is that of the model that it hands over."""
+    page = (whole / "report.html").read_text()
+    parts = [
+        "Accuracy against cost",
+        "Summary",
+        "Stage 1: dense",
+        "Stage 2: selectors",
+        "Stage 3: finetune",
+        "Technical",
+    ]
+    places = [page.index(f">{part}</h2>") for part in parts]
+    assert places == sorted(places)
+    rows = dict(re.findall(r"<td>(stage \d, \w+)</td><td>([^<]*)</td>", page))
+    assert ["top-1" in said for said in rows.values()] == [True, False, True]
+    selectors = page[places[3] : places[4]]
+    assert "top-1" not in selectors
+    assert "training loss" in selectors
+    assert "status" not in page.partition("</header>")[0].partition("<header>")[2]
+    with (whole / "3-finetune/metrics.csv").open() as file:
+        last = [*csv.DictReader(file)][-1]
+    assert json.loads((whole / "summary.json").read_text())["top1"] == float(last["top1"])
 
 
 @pytest.mark.parametrize("stage", ["1-dense", "2-selectors", "3-finetune"])

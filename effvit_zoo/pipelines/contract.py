@@ -24,6 +24,7 @@ from ..errors import UserError, unknown_choice
 from ..tasks import Section
 from ..training._processes import process_state
 from ..training.config import RunConfig
+from ..training.report import launcher
 from ..training.run import Adapt, train
 from ._report import write_pipeline_report
 
@@ -179,7 +180,7 @@ def _run(stage: Stage, run_config: RunConfig, folder: Path, config: Any) -> None
 def _continues(folder: Path) -> str:
     """The command that continues a pipeline."""
     config, output = shlex.quote(str(folder / run_folder.CONFIG)), shlex.quote(str(folder))
-    return f"effzoo train --config {config} --output {output} --resume auto"
+    return f"{launcher(process_state().num_processes)} --config {config} --output {output} --resume auto"
 
 
 def is_done(run: Path) -> bool:

@@ -43,6 +43,7 @@ WORST = 24  # mistakes that are kept for the report
 SPELT = 20  # names in a note
 EXAMPLES = 12  # images that stand for all in the report
 TOP5_FROM = 7  # classes from which on top-5 is shown; of fewer it says next to nothing
+ISOLATE, POP = "\u2068", "\u2069"  # around a name, whose script may run from right to left
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
 MATRIX_UP_TO = 300  # classes up to which the confusion matrix is drawn, of which more couldn't be told apart
@@ -267,10 +268,8 @@ class Classification(Task):
         shown = dict(super().result(metrics, details))
         shown["top-1"] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %, {images:,} images)"
         share = 100 * true[largest] / images
-        return [
-            *shown.items(),
-            ("baseline", f"{share:.2f} % by always naming the largest class, {self.shown[largest]}"),
-        ]
+        baseline = f"{share:.2f} % by always naming the largest class, {self.shown[largest]}"
+        return [*shown.items(), ("baseline", baseline)]
 
     def sections(
         self, details: Mapping[str, Any], image_of: Callable[[int], tuple[str, Image.Image] | None], folder: Path | None
@@ -302,8 +301,9 @@ class Classification(Task):
         for probability, index, true, predicted in rows:
             if (found := image_of(int(index))) is not None:
                 name, image = found
-                answer = f"{self.shown[int(predicted)]} {100 * probability:.0f}\N{NO-BREAK SPACE}%"
-                truth = "" if true == predicted else f"is {self.shown[int(true)]}"
+                said, right = (f"{ISOLATE}{self.shown[int(label)]}{POP}" for label in (predicted, true))
+                answer = f"{said} {100 * probability:.0f}\N{NO-BREAK SPACE}%"
+                truth = "" if true == predicted else f"is {right}"
                 pictures.append(Picture(image, answer, truth, name, is_right=true == predicted))
         return pictures
 

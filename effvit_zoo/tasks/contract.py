@@ -330,7 +330,7 @@ class Task(ABC):
             metrics: `Evaluation.metrics`.
             details: `Evaluation.details`.
         """
-        return [(metric.title, metric.show(metrics[name])) for name, metric in self.metrics.items()]
+        return [(metric.title, metric.show(metrics[name])) for name, metric in self.metrics.items() if name in metrics]
 
     @classmethod
     @abstractmethod

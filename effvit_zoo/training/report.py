@@ -21,7 +21,7 @@ from ..measure import cost
 from ..measure.host import environment
 from ..report.run_page import Page, write_report
 from ..tasks import Task
-from ..viz.curves import curves, single_curves
+from ..viz.curves import single_curves
 from .checkpoint import RunState
 from .config import RunConfig
 
@@ -150,14 +150,17 @@ class RunReport:
         name, metric = next(iter(self.task.metrics.items()))
         title = f"{metric.title}{f', {metric.unit}' if metric.unit else ''}"
         panels = [(title, f"train_{name}", name, metric.higher_is_better)]
-        curves(state.history, self.folder / run_folder.CURVES, panels, self.loss)
-        return [("Curves", "", single_curves(state.history, panels, self.loss))]
+        return [("Curves", "", single_curves(state.history, panels, self.loss, self.folder / run_folder.CURVES))]
 
 
 def resume_command(folder: Path, processes: int = 1) -> str:
     """The command that continues a run."""
-    program = "effzoo train" if processes == 1 else f"torchrun --nproc_per_node {processes} train.py"
-    return f"{program} --resume {shlex.quote(str(folder))}"
+    return f"{launcher(processes)} --resume {shlex.quote(str(folder))}"
+
+
+def launcher(processes: int) -> str:
+    """The command that trains in a number of processes."""
+    return "effzoo train" if processes == 1 else f"torchrun --nproc_per_node {processes} train.py"
 
 
 def mixers(model: nn.Module) -> str:

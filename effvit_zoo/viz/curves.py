@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
+from ..run_folder import replacing
 from . import style
 
 PANEL_INCHES, RATE_SHARE = 12 / 2.8, 0.8
 """Width of a panel, and that of the learning rate as a share of it."""
-
-
-_BESIDE: Any = {"loc": "right", "fontsize": 9.5, "fontweight": "normal"}  # text on the line of a panel's title
 
 
 class Panel(NamedTuple):
@@ -59,25 +60,44 @@ def curves(
     Raises:
         ValueError: There are no rows.
     """
-    drawn = _drawers(rows, panels, loss)
-    widths = [1.0] * (len(drawn) - 1) + [RATE_SHARE]
+    with _figure(_drawers(rows, panels, loss), path):
+        pass
+
+
+@contextmanager
+def _figure(drawers: Sequence[Callable[[Axes], None]], path: str | Path | BinaryIO) -> Iterator[Figure]:
+    """The drawn panels side by side, written when the block ends."""
+    widths = [1.0] * (len(drawers) - 1) + [RATE_SHARE]
     with style.figure(PANEL_INCHES * sum(widths), 3.9, path) as fig:
         axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for ax, draw in zip(axes, drawn, strict=True):
+        for ax, draw in zip(axes, drawers, strict=True):
             draw(ax)
+        yield fig
 
 
 def single_curves(
-    rows: Sequence[Mapping[str, Any]], panels: Iterable[tuple[str, str, str, bool | None]] = (), loss: str = ""
+    rows: Sequence[Mapping[str, Any]],
+    panels: Iterable[tuple[str, str, str, bool | None]] = (),
+    loss: str = "",
+    path: str | Path | None = None,
 ) -> list[bytes]:
-    """The panels of `curves` as a PNG each, for narrow screens."""
-    images = []
-    for draw in _drawers(rows, panels, loss):
+    """The panels of `curves` as a PNG each, for narrow screens, cut out of the whole, which is written to `path` where there is one."""
+    whole = io.BytesIO()
+    with _figure(_drawers(rows, panels, loss), whole) as fig:
+        fig.draw_without_rendering()  # settles the layout
+        boxes = [box for ax in fig.axes if (box := ax.get_tightbbox()) is not None]
+        places = [box.intervalx / fig.bbox.width for box in boxes]
+    if path is not None:
+        with replacing(Path(path)) as writing:
+            writing.write_bytes(whole.getvalue())
+    image = Image.open(whole)
+    pngs = []
+    for left, right in places:
         png = io.BytesIO()
-        with style.figure(PANEL_INCHES, 3.6, png) as fig:
-            draw(fig.subplots())
-        images.append(png.getvalue())
-    return images
+        start, end = max(0, int(left * image.width) - 12), min(image.width, int(right * image.width) + 12)
+        image.crop((start, 0, end, image.height)).save(png, "PNG")
+        pngs.append(png.getvalue())
+    return pngs
 
 
 def _drawers(
@@ -91,7 +111,7 @@ def _drawers(
     def values(panel: Panel, ax: Axes, columns: Sequence[list[float]]) -> None:
         _draw(ax, panel.title, epochs, [("training", style.ORANGE), ("validation", style.BLUE)], columns)
         if loss and panel.training == LOSS.training:
-            ax.set_title(loss, **_BESIDE, color=style.QUIET)
+            ax.set_ylabel(loss)
         if panel.higher_is_better is not None:
             _mark_best(ax, epochs, columns[1], panel.higher_is_better)
 
@@ -154,6 +174,8 @@ def _mark_best(ax: Axes, epochs: Sequence[float], values: Sequence[float], highe
     ax.plot(epochs[best], values[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=style.BLUE)
     ax.set_title(
         f"best {values[best]:.2f} at epoch {epochs[best]:.0f}",
-        **_BESIDE,
+        loc="right",
+        fontsize=9.5,
+        fontweight="normal",
         color=style.BLUE,
     )

@@ -126,8 +126,16 @@ def _by_ratio(ax: Axes, groups: Mapping[str, Sequence[Point]], key: str) -> None
 
 def _scatter(ax: Axes, name: str, places: Sequence[tuple[float, float, str]], colour: str, marker: str = "o") -> None:
     """Marks without a line, each with its text."""
-    for x, y, text in places:
-        ax.annotate(text, (x, y), (0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=colour)
+    for number, (x, y, text) in enumerate(places):  # in two rows, for points side by side
+        ax.annotate(
+            text,
+            (x, y),
+            (0, -17 if marker == "D" else 8 + 11 * (number % 2)),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=colour,
+        )
     xs, ys, _ = zip(*places, strict=True)
     ax.plot(xs, ys, marker, color=colour, label=name, markersize=12 if marker == "_" else 6, markeredgewidth=2)
 
@@ -137,5 +145,5 @@ def _honest_axis(ax: Axes, values: Sequence[float], label: str) -> None:
     low, high = min(values), max(values)
     pad = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
     start = low - pad if 0 < high - low < 0.5 * high else 0.0
-    ax.set_ylim(start, high + 1.3 * pad)
+    ax.set_ylim(start, high + max(1.3 * pad, 0.2 * (high - start)))
     ax.set_ylabel(f"{label} (axis from {start:.3g}, not from 0)" if start else label)
