@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+TOP5_FROM = 7
+"""Number of classes from which on top-5 is shown; of fewer it says next to nothing."""
+
 
 def per_class(cells: Sequence[Sequence[int]]) -> dict[int, dict[str, Any]]:
     """Class -> images, recall, precision and F1 in percent (None where undefined), and the class it is most often taken for.
