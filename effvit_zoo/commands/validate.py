@@ -156,7 +156,8 @@ def _print_tables(row: Mapping[str, Any]) -> None:
     for table in row["tables"]:
         if table["title"]:
             print(table["title"])
-        numbers = [index for index, cell in enumerate(table["rows"][0]) if isinstance(cell, int | float)]
+        columns = enumerate(zip(*table["rows"], strict=True))
+        numbers = [index for index, cells in columns if any(isinstance(cell, int | float) for cell in cells)]
         print_table(table["head"], [[*map(shown, cells)] for cells in table["rows"]], right=numbers)
         print()
 

@@ -8,6 +8,7 @@ from typing import Any
 from ..hub import CardFacts
 from ..hub.card import escaped
 from ..run_folder import ARCHITECTURE_KEY
+from ._scores import TOP5_FROM
 
 SHOWN_CLASSES = 50
 
@@ -17,11 +18,14 @@ def classification_card(config: Mapping[str, Any]) -> CardFacts:
     names = config.get("label_names") or []
     labels = [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
     more = f" and {len(labels) - SHOWN_CLASSES} more, in config.json" if len(labels) > SHOWN_CLASSES else ""
+    metrics = {"top1": ("Top-1 accuracy, %", "accuracy"), "macro_f1": ("Macro-F1, %", "f1")}
+    if int(config.get("num_classes") or TOP5_FROM) >= TOP5_FROM:
+        metrics["top5"] = ("Top-5 accuracy, %", "accuracy")
     classes = ", ".join(map(escaped, labels[:SHOWN_CLASSES])) + more + "."
     return CardFacts(
         pipeline_tag="image-classification",
         task_title="Image classification",
-        metrics={"top1": ("Top-1 accuracy, %", "accuracy"), "top5": ("Top-5 accuracy, %", "accuracy")},
+        metrics=metrics,
         introduction=f"with {config.get('num_classes')} classes",
         sections=(("Classes", classes),) if labels else (),
         usage=lambda place: _usage(config, place, bool(labels)),

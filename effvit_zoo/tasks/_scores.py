@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+TOP5_FROM = 7
+"""Number of classes from which on top-5 is shown; of fewer it says next to nothing."""
+
 
 def per_class(cells: Sequence[Sequence[int]]) -> dict[int, dict[str, Any]]:
     """Class -> images, recall, precision and F1 in percent (None where undefined), and the class it is most often taken for.

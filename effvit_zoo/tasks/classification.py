@@ -36,13 +36,12 @@ from ..viz.matrix import confusion_matrix
 from ..viz.predictions import annotate
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
-from ._scores import dense_counts, macro_f1, per_class, wilson_interval
+from ._scores import TOP5_FROM, dense_counts, macro_f1, per_class, wilson_interval
 from .contract import Evaluation, Metric, Picture, Section, Table, Task, mean_over_images
 
 WORST = 24  # mistakes that are kept for the report
 SPELT = 20  # names in a note
 EXAMPLES = 12  # images that stand for all in the report
-TOP5_FROM = 7  # classes from which on top-5 is shown; of fewer it says next to nothing
 ISOLATE, POP = "\u2068", "\u2069"  # around a name, whose script may run from right to left
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
