@@ -1,5 +1,6 @@
-"""Models as folders and on the Hub: save, load, push, pull."""
+"""Models as folders and on the Hub: save, load, push, pull. Importing it registers this package's models in timm."""
 
+from .. import models as models
 from .card import CardFacts as CardFacts
 from .folder import HUB as HUB
 from .folder import LOCAL as LOCAL
