@@ -89,6 +89,7 @@ def test_slope():
     assert bench.slope([(1024, 3.0), (4096, 0.0)]) is None
 
 
+@pytest.mark.slow
 def test_command_writes_rows_and_a_plot(tmp_path, capsys):
     arguments = (
         "benchmark attention --mechanisms naive sdpa hydra --tokens 64 1024 16 1089 --heads 1 --dim 8 --dtype float32"

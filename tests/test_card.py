@@ -217,6 +217,7 @@ def lines_of(folder, photo):
     return [f"{100 * row['probability']:.1f} %  {row['label']}" for row in expected.rows]
 
 
+@pytest.mark.slow
 def test_the_usage_block_runs_as_a_script_and_predicts(the_hub, run, tmp_path):
     """Cut out of the card on the Hub and run in a process of its own, with nothing but a photograph beside it."""
     Image.new("RGB", (50, 40), (200, 30, 90)).save(tmp_path / "photo.jpg")

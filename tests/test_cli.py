@@ -112,6 +112,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
     assert message in error_line(argv, capsys)
 
 
+@pytest.mark.slow
 def test_module_and_exit_code_in_a_process_of_its_own():
     command = "import sys; from effvit_zoo.cli import main; sys.exit(main(sys.argv[1:]))"
     result = subprocess.run(

@@ -24,6 +24,7 @@ def test_a_command_is_a_file_of_its_name(name):
     assert not module.HELP.endswith(".")
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "effvit_zoo", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -34,6 +34,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_whole_way(tool, photos, tmp_path, capsys):
     settings = f"data.root={photos} data.num_workers=0 train.epochs=1 train.batch_size=4 optim.warmup_epochs=0 train.trackers=[]"
     arguments = ["--output", str(tmp_path / "runs"), "--mixers", "hydra", "--set", *settings.split()]

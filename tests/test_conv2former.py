@@ -51,7 +51,7 @@ def test_even_kernels_are_refused():
         timm.create_model("effzoo_conv2former_n", kernel_size=8, device="meta")
 
 
-@pytest.mark.parametrize("variant", OFFICIAL)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v == "n" else [pytest.mark.slow]) for v in OFFICIAL])
 def test_official_sizes(variant):
     params, macs, kernel = OFFICIAL[variant]
     model = timm.create_model(f"effzoo_conv2former_{variant}", device="meta").eval()

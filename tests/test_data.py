@@ -300,6 +300,7 @@ def test_undecodable_files_are_named_when_loaded(tmp_path, monkeypatch):
         source.load(len(source))
 
 
+@pytest.mark.slow
 def test_sources_survive_pickling_and_spawned_workers(tmp_path):
     splits = open_splits(fill(tmp_path, {"a": 6, "b": 6}), val_fraction=0.5)
     copy = pickle.loads(pickle.dumps(splits))
@@ -900,6 +901,7 @@ def test_a_defect_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
         source.load(0)
 
 
+@pytest.mark.slow
 def test_names_of_a_million_files_stay_small():
     paths = FilePaths("/data", [f"class_{i % 1000:03}/{i:07}.jpg" for i in range(200_000)])
     source = ImageSource("/data", paths, tuple(map(str, range(1000))), np.arange(200_000, dtype=np.int32) % 1000)

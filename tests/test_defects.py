@@ -4,11 +4,9 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from runs import ROOT, make_photos, start, summary, train_small
+from runs import make_photos, start, summary, train_small
 
 from effvit_zoo.cli import main as effzoo
 
@@ -115,6 +113,7 @@ def test_the_split_that_training_named_is_the_one_that_is_measured(tmp_path, mon
     assert (code, row["images"]) == (0, 6)
 
 
+@pytest.mark.slow
 def test_a_stage_that_measures_no_accuracy_in_training_shows_none(tmp_path, capfd):
     make_photos(tmp_path / "photos", {"train": {"blue": 16, "red": 16}, "val": {"blue": 6, "red": 6}})
     stage = "{optim: {lr: 1.0e-3}, train: {epochs: 1, batch_size: 8, trackers: []}}"
@@ -149,19 +148,12 @@ def test_a_validation_of_a_run_is_in_its_card(trained, tmp_path, monkeypatch, th
 
 
 @pytest.mark.parametrize("debug", ["", "1"])
-def test_a_traceback_can_be_seen_behind_a_one_line_error(debug):
-    command = "import sys; from effvit_zoo.cli import main; sys.exit(main(['info', 'no_such_net']))"
-    done = subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=ROOT,
-        env=os.environ | {"EFFZOO_DEBUG": debug},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert ("Traceback" in done.stderr) == (debug == "1")
-    assert done.stderr.splitlines()[-1].startswith("error: unknown model 'no_such_net'")
+def test_a_traceback_can_be_seen_behind_a_one_line_error(debug, monkeypatch, capsys):
+    monkeypatch.setenv("EFFZOO_DEBUG", debug)
+    assert effzoo(["info", "no_such_net"]) == 2
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == (debug == "1")
+    assert shown.splitlines()[-1].startswith("error: unknown model 'no_such_net'")
 
 
 def test_a_defect_of_ours_is_not_dressed_as_a_user_error(tmp_path, monkeypatch):

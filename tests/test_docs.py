@@ -4,7 +4,6 @@ A page's blocks run in order in a folder that has what the page assumes (photos,
 them small, e.g. one epoch at 32 pixels; weights that would come from the Hub stay random. Comments in front of a block:
 
     <!-- not run: REASON -->    it is not executed here
-    <!-- test: slow -->         it is executed by the slow tests only
 
 A block with a title is the file of that name, which later blocks import or start.
 """
@@ -97,10 +96,6 @@ class Block:
     def is_run(self):
         return not any(comment.startswith("not run: ") for comment in self.comments)
 
-    @property
-    def is_slow(self):
-        return "test: slow" in self.comments
-
     def __str__(self):
         return f"{self.page}:{self.line}"
 
@@ -121,7 +116,6 @@ def blocks(page):
 RUNNING = [
     page for page in PAGES if any(block.is_run and block.language in ("bash", "python") for block in blocks(page))
 ]
-SLOW = [page for page in RUNNING if any(block.is_run and block.is_slow for block in blocks(page))]
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +167,10 @@ def page_folder(tmp_path, monkeypatch, request):
             del sys.modules[name]
 
 
-def run_page(page, monkeypatch, slow):
+def run_page(page, monkeypatch):
     names = {"__name__": "page"}
     for block in blocks(page):
-        if not block.is_run or (block.is_slow and not slow):
+        if not block.is_run:
             continue
         if block.title:
             write_file(block)
@@ -240,19 +234,12 @@ def smaller(arguments):
     return [*arguments, *next((more for words, more in SMALLER.items() if (*arguments[: len(words)],) == words), ())]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", RUNNING)
 def test_blocks_run(page, page_folder, monkeypatch):
     page_folder(page)
-    run_page(page, monkeypatch, slow=False)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("page", SLOW)
-def test_all_blocks_run(page, page_folder, monkeypatch):
-    page_folder(page)
-    run_page(page, monkeypatch, slow=True)
+    run_page(page, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -312,7 +299,7 @@ def test_the_mechanism_example_is_exact(page_folder, monkeypatch):
     page_folder(page)
     [code] = [block.code for block in blocks(page) if block.language == "python"]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
-    shown = run_page(page, monkeypatch, slow=False)
+    shown = run_page(page, monkeypatch)
     model = shown["model"].eval()
     mixers = [type(block.attn).__name__ for block in model.blocks]
     assert mixers == ["SoftmaxAttention"] * 3 + ["EfficientAttention"] * 3

@@ -33,14 +33,14 @@ class Case:
 
 CASES = [
     Case("swiftformer_s"),
-    Case("swiftformer_l3"),
+    Case("swiftformer_l3", slow=True),
     Case("edgenext_xx_small"),
-    Case("edgenext_base"),
+    Case("edgenext_base", slow=True),
     Case("edgenext_small_bn_hs"),
     # the attention has another eps; test_efficientvit.py compares with the official one
     Case("efficientvit_b0", stages={"head_conv": "head.in_conv"}, double_error=1e-5),
-    Case("efficientvit_b2", stages={"head_conv": "head.in_conv"}, double_error=1e-5),
-    Case("efficientvit_l2", stages={"head_conv": "head.in_conv"}, double_error=1e-5),
+    Case("efficientvit_b2", stages={"head_conv": "head.in_conv"}, double_error=1e-5, slow=True),
+    Case("efficientvit_l2", stages={"head_conv": "head.in_conv"}, double_error=1e-5, slow=True),
     Case("conv2former_n", stages={"head": "head.norm"}),
     Case("conv2former_b", stages={"head": "head.norm"}, slow=True),
     Case("swin_tiny_patch4_window7_224", stages=SWIN_STAGES),

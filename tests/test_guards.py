@@ -84,6 +84,7 @@ def test_good_steps_in_between_reset_the_count(photos, tmp_path, monkeypatch):
     assert summary(tmp_path / "run")["skipped_steps"] == 4
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monkeypatch, capsys):
     settings = [f"data.root={photos}", "train.epochs=2", "train.ema_decay=0.9"]
     assert train_small(tmp_path / "whole", *settings) == 0
@@ -114,6 +115,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monk
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_ends_the_process_at_once():
     code = (
         "import os, signal\nfrom effvit_zoo.training.guards import SigtermWatch\n"

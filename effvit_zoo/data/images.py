@@ -1,14 +1,17 @@
 """Image files as what a network expects: upright, three channels, eight bits.
 
 Training, validation and prediction all decode through `decode` (`open_image` for a file by its name), so that an image means
-the same everywhere: EXIF orientation applied, transparency composited on white, 16-bit and float greys scaled rather than
-clipped, CMYK and palettes converted, the first frame of an animation. The one error is `BadImage`.
+the same everywhere: EXIF orientation applied, transparency composited on white, greys of 16 and 32 bits scaled rather than
+clipped, CMYK and palettes converted, the first frame of an animation. A file is what its content says, whatever its suffix. Damaged
+metadata is ignored, damaged or missing pixels are not: a file that is cut off is refused. The one error is `BadImage`.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +19,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import SAMPLEFORMAT
 
 from ..errors import UserError, one_line
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+
+PROGRAMS = ("EPS", "WMF")  # formats that Pillow leaves to other programs
+WHITE = {"I": (65535,), "F": (1, 255, 65535)}
+"""Pillow's mode -> values that can mean white; an image's is the smallest that none of its pixels exceeds, else its largest pixel."""
+
+# Pillow refuses a PNG for 1 MiB of text or colour profile, which programs that make or retouch pictures do write.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 * 2**20)
+PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 128 * 2**20)
+# Its warnings don't say which file they are about. Process-wide, because readers are threads and `catch_warnings` isn't made for them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 DECODE_ERRORS = (
     OSError,
@@ -74,26 +88,27 @@ def decoding(name: str | Callable[[], str]) -> Iterator[None]:
         raise BadImage(name if isinstance(name, str) else name(), decode_reason(error)) from error
 
 
-def open_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Reads one image file completely into an upright 8-bit RGB image.
+def open_image(source: str | Path | BinaryIO, name: str | None = None, mode: str = "RGB") -> Image.Image:
+    """Reads one image file completely into an upright 8-bit image.
 
     Args:
         source: Path, or a binary file object positioned at the start of the image.
         name: Name for error messages; default the path.
+        mode: "RGB" or "L".
 
     Raises:
         BadImage: The file is missing, empty, damaged, implausibly large, or not an image.
     """
     with decoding(name or str(source if isinstance(source, (str, Path)) else getattr(source, "name", "<bytes>"))):
-        return _read(source)
+        return decode(open(source, "rb") if isinstance(source, (str, Path)) else source, mode)
 
 
 def decode(item: Any, mode: str = "RGB") -> Image.Image:
-    """An upright 8-bit image from an open file (which is closed), a PIL image, a uint8 array (H, W) or (H, W, 3), or a tuple that
-    starts with one of them. Raises any of `DECODE_ERRORS`.
+    """An upright 8-bit image from an open file (which is closed), a PIL image, an array, or a tuple that starts with one of them.
+    Raises any of `DECODE_ERRORS`.
 
     Args:
-        item: The image.
+        item: The image; arrays as `from_array` takes them.
         mode: "RGB" or "L".
     """
     item = item[0] if isinstance(item, tuple) else item
@@ -101,14 +116,43 @@ def decode(item: Any, mode: str = "RGB") -> Image.Image:
         with item as file:
             image = _read(file)
     else:
-        image = to_rgb(item if isinstance(item, Image.Image) else Image.fromarray(item))
+        image = to_rgb(item if isinstance(item, Image.Image) else from_array(item))
     return image if image.mode == mode else image.convert(mode)
 
 
-def _read(source: str | Path | BinaryIO) -> Image.Image:
-    with Image.open(source) as image:
+def _read(file: BinaryIO) -> Image.Image:
+    try:
+        opened = Image.open(file)
+    except Image.UnidentifiedImageError:
+        if file.seek(0, os.SEEK_END) == 0:
+            raise ValueError("the file is empty") from None
+        raise
+    with opened as image:
+        if image.format in PROGRAMS:
+            raise ValueError(f"{image.format} files are drawings, expected pixels, e.g. PNG")
         image.load()
         return to_rgb(image)
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image: of uint8, of uint16 from 0 to 65535, or of floats from 0 to 1.
+    Raises `ValueError`."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if not pixels.size or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ValueError(f"expected an array (H, W), (H, W, 3) or (H, W, 4), got {pixels.shape}")
+    if pixels.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    kind, scale = pixels.dtype.kind, 255 / 65535
+    if kind == "f":
+        scale = 255.0
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            raise ValueError(f"expected floats from 0 to 1, got {pixels.min():.4g} to {pixels.max():.4g}")
+    elif kind == "b":
+        scale = 255.0
+    elif pixels.dtype != np.uint16:
+        raise ValueError(f"expected an array of uint8, uint16 or floats, got {pixels.dtype}")
+    return Image.fromarray((pixels.astype(np.float64) * scale).round().astype(np.uint8))
 
 
 def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
@@ -142,12 +186,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image of any mode as an upright 8-bit RGB image."""
+    """A loaded image of any mode as an upright 8-bit RGB image. Raises `ValueError` for grey values whose meaning isn't known."""
+    is_unsigned = getattr(image, "tag_v2", {}).get(SAMPLEFORMAT) == (1,)  # Pillow's 32-bit mode is signed
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()  # detached from the file, which closes on return
     if image.mode.startswith(("I", "F")):
-        return _scaled_grey(image).convert("RGB")
+        return _scaled_grey(image, is_unsigned).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         if image.mode in ("RGBa", "La"):  # premultiplied: Pillow converts each only to its plain form
             image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
@@ -157,11 +202,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _scaled_grey(image: Image.Image) -> Image.Image:
+def _scaled_grey(image: Image.Image, is_unsigned: bool) -> Image.Image:
     """Greys of more than 8 bits, (H, W), to 8: Pillow's own conversion clips at 255 and would give a white image."""
-    pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
-    if image.mode == "F":
-        scale = 255.0 if pixels.max(initial=0) <= 1 else 1.0
-    else:
-        scale = 255 / max(65535, pixels.max(initial=0))  # "I" is how 16-bit PNG files arrive in older Pillow
-    return Image.fromarray((pixels * scale).round().clip(0, 255).astype(np.uint8))
+    stored = np.asarray(image)
+    pixels = (stored.view(np.uint32) if is_unsigned and stored.dtype == np.int32 else stored).astype(np.float64)
+    is_number = np.isfinite(pixels)
+    lowest, top = pixels.min(initial=0, where=is_number), pixels.max(initial=0, where=is_number)
+    if lowest < 0:
+        raise ValueError(f"its greys go from {lowest:.4g} to {top:.4g}: expected none below 0, which is black")
+    white = next((value for value in WHITE[image.mode[0]] if top <= value), top)
+    grey = np.nan_to_num(pixels, posinf=white, neginf=0) * (255 / white)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[stored == transparent] = 255
+    return Image.fromarray(grey.round().astype(np.uint8))

@@ -89,7 +89,7 @@ def predict(
 
 def _read(transform: Callable[[Image.Image], Tensor], mode: str, path: Path) -> Tensor | BadImage:
     try:
-        return transform(open_image(path).convert(mode))
+        return transform(open_image(path, mode=mode))
     except BadImage as error:
         return error
 
@@ -122,7 +122,7 @@ def token_maps(model: nn.Module, path: Path) -> tuple[Image.Image, dict[str, np.
     if model.attention_ratio >= 1:
         raise UserError("the model's attention ratio is 1: every token enters every layer, there is nothing to show")
     transform, mode = preprocessing(model)
-    tensor = transform(open_image(path).convert(mode))
+    tensor = transform(open_image(path, mode=mode))
     model.eval()
     with torch.inference_mode():
         entered = model.selected_tokens(tensor.unsqueeze(0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def torch_splits(request: Request) -> Sequence[str]:
 def open_torch(request: Request, split: str | None) -> ImageSource:
     root = request.folder or cache_folder()
     dataset = create_dataset(f"torch/{request.name}", root=root, split=split or "", download=request.download)
+    if hasattr(dataset, "loader"):  # torchvision's own lays alpha on black, clips greys and drops the EXIF orientation
+        dataset.loader = partial(open, mode="rb")
     # ImageNet's words are not unique, its synsets are; INaturalist has neither `classes` nor `targets`
     names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None) or dataset.all_categories
     targets = np.asarray(dataset.targets if hasattr(dataset, "targets") else [target for target, _ in dataset.index])
