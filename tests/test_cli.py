@@ -183,7 +183,9 @@ def test_any_model_is_timed(folder, capsys, tmp_path):
     assert rows[4]["images_per_second"] == pytest.approx(2000 / rows[4]["milliseconds"])
     assert rows[1]["params"] == 365096  # position embeddings of the smaller image
     assert all(name in text for name in names)
-    assert "can't take images of 30 pixels" in error_line(["benchmark", "models", names[0], "--img-size", "30"], capsys)
+    assert "can't take images of shape 1 x 3 x 30 x 30: " in error_line(
+        ["benchmark", "models", names[0], "--img-size", "30"], capsys
+    )
 
 
 def test_list_as_text(capsys, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -13,7 +13,7 @@ from . import _index
 
 HELP = "which model? top-1, cost and weights of the models of the zoo"
 
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
     "top1": ("top-1, %", lambda value: "-" if value is None else f"{value:.2f}"),
     "params": ("params, M", lambda value: figures(value / 1e6)),
