@@ -2,7 +2,7 @@
 
 A run folder holds what one training produced:
 
-    config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  tensorboard/
+    config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  data.json.gz  tensorboard/
     best/  last/                     model folders, of the best and of the last epoch
     checkpoints/step-00000500/       resumable state
 
@@ -24,6 +24,8 @@ from typing import Any
 from .errors import UserError
 
 CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.csv", "validation.json"
+DATA = "data.json.gz"
+"""Names of the images that a run was started with; they stay on the machine."""
 CURVES, REPORT = "curves.png", "report.html"
 BEST, LAST, CHECKPOINTS, STATE = "best", "last", "checkpoints", "state.json"
 RUN_FILES = (CONFIG, SUMMARY, METRICS, BEST, LAST, CHECKPOINTS)

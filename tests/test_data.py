@@ -741,7 +741,7 @@ def test_folders_around_or_inside_the_training_folder_are_refused(trained, tmp_p
         with pytest.raises(UserError, match=r"about \d+ of the 90 images in .*outer have names of images .*--split"):
             measured(tmp_path / "outer", record)
     for number in range(8):
-        fill(tmp_path / "deep" / "a", {f"{number}/x": 2, f"{number}/y": 2})
+        fill(tmp_path / "deep" / "a", {f"{number}/x{number}": 2, f"{number}/y{number}": 2})
     record = stored(open_splits(tmp_path / "deep"))
     with pytest.raises(UserError, match=r"of the 32 images in .*deep/a have names of images"):
         measured(tmp_path / "deep" / "a", record)

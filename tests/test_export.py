@@ -60,7 +60,7 @@ def test_backbones_of_any_size_train_a_step_and_export_for_any_batch(name, size,
     check(model.eval(), *size, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == "vit" else [pytest.mark.slow]) for f in FAMILIES])
 def test_pico_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_pico", num_classes=5).eval(), 32, 32, tmp_path / "model.onnx")
 
@@ -127,6 +127,7 @@ def test_targets_are_found_by_suffix_and_only_exporters_can_run_a_model():
 
 
 # the others are whole families above
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mixer", sorted(set(TOKEN_MIXERS) - {"softmax", *(name.removesuffix("_vit") for name in FAMILIES)})
 )

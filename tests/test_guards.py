@@ -13,7 +13,7 @@ from PIL import Image
 from runs import make_photos, start, summary, train_small
 from safetensors.torch import load_file
 
-from effvit_zoo.data import duplicates, open_splits
+from effvit_zoo.data import Duplicates, duplicates, open_splits
 from effvit_zoo.tasks import Classification
 from effvit_zoo.training import checkpoint, engine
 
@@ -182,15 +182,16 @@ def test_files_in_both_splits_are_told(photos, tmp_path, capsys):
     shutil.copytree(photos, root)
     shutil.copy(root / "train/red/3.png", root / "val/blue/copy.png")
     splits = open_splits(root)
-    assert duplicates(splits.train, splits.val) == [(str(root / "val/blue/copy.png"), str(root / "train/red/3.png"))]
-    assert duplicates(splits.val, splits.val)[0][0] == duplicates(splits.val, splits.val)[0][1]
+    copies = str(root / "val/blue/copy.png"), str(root / "train/red/3.png")
+    assert duplicates(splits.train, splits.val).shared == [copies]
+    assert duplicates(splits.train, splits.val).contradictions == [tuple(sorted(copies))]  # blue and red
     assert train_small(tmp_path / "run", f"data.root={root}") == 0
     assert "warning: 1 of 13 validation files are training files too" in capsys.readouterr().out
     assert "copy.png" in (tmp_path / "run/report.html").read_text()
     assert train_small(tmp_path / "quiet", f"data.root={root}", "data.check_duplicates=false") == 0
     assert "warning" not in capsys.readouterr().out
     plain = open_splits("builtin:fashion-mnist-mini")
-    assert duplicates(plain.train, plain.val) == []
+    assert duplicates(plain.train, plain.val).shared == []
 
 
 def test_duplicates_need_equal_content_not_equal_size(tmp_path):
@@ -200,7 +201,7 @@ def test_duplicates_need_equal_content_not_equal_size(tmp_path):
             pixels = np.random.default_rng(hash((split, label)) % 1000).integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / split / label / "0.bmp")  # all of one size
     splits = open_splits(tmp_path)
-    assert duplicates(splits.train, splits.val) == []
+    assert duplicates(splits.train, splits.val) == Duplicates()
 
 
 @pytest.mark.slow

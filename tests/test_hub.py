@@ -195,6 +195,7 @@ def test_a_full_disk_leaves_the_previous_folder(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_leave_a_whole_folder(folder):
     """A process saves without pause and is killed without warning, again and again."""
     script = (

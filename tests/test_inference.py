@@ -56,6 +56,7 @@ def test_compiled_forms_are_exact(model, sample):
     check(model, sample, list(inference.FORMS))
 
 
+@pytest.mark.slow
 def test_other_runtimes_are_exact_and_leave_other_sizes_to_torch(model, sample):
     check(model, sample, ["onnxruntime", "openvino"])
 
@@ -116,6 +117,7 @@ def test_the_switch_for_onednn_is_put_back():
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
+@pytest.mark.slow
 def test_compiled_forms_can_be_left_out_or_asked_for_alone(model, sample, monkeypatch):
     tried = []
     for form in inference.FORMS:
@@ -178,7 +180,9 @@ def test_the_result_predicts_as_the_original(form, tmp_path):
         hub.save(optimized, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("form", ["eager", "channels_last", "packed", "onnxruntime"])
+@pytest.mark.parametrize(
+    "form", ["eager", "channels_last", "packed", pytest.param("onnxruntime", marks=pytest.mark.slow)]
+)
 def test_the_surface_doesnt_depend_on_the_form(model, sample, form):
     optimized = optimize_for_inference(model, sample, forms=[form], repeats=2)
     assert not optimized.state_dict()

@@ -31,6 +31,7 @@ def faults(monkeypatch, **variables):
     return was_set == "True", int(count)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator that is told")
 def test_freed_memory_is_used_again(monkeypatch):
     for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:

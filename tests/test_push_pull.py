@@ -764,6 +764,7 @@ def test_registered_names_get_their_weights_checked_too(the_hub, tmp_path, monke
     assert f"model.safetensors of {repo} arrived twice with another content than the Hub announced" in line
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_reads_the_same_repository(the_hub, trained, tmp_path):
     """TimmWrapper and the image-classification pipeline, in a process of their own, agree with timm."""

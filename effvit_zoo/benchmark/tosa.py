@@ -40,7 +40,7 @@ from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..pipelines.tosa import DENSE_MODEL, FINETUNE, SELECTORS, TOSA
 from ..report.rows import check_output, make_console, write_rows
-from ..training.config import load_config
+from ..training.config import load_run
 from ..training.run import prepare
 from ..viz.selection import metric_over_macs
 
@@ -398,4 +398,4 @@ def _tosa(folder: Path) -> ToSAViT:
 
 def _feed(folder: Path) -> Feed:
     """The images of a pipeline's last stage."""
-    return prepare(load_config(folder / FINETUNE / run_folder.CONFIG), 1).feed
+    return prepare(load_run(folder / FINETUNE), 1).feed

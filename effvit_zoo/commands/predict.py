@@ -77,7 +77,7 @@ def _found(given: Sequence[str], note: Any) -> Iterator[Path]:
 
     for path in given:
         try:
-            yield from find_images([path])
+            yield from find_images([path], lambda line: print(line, file=sys.stderr))
         except BadImage as error:
             note(error)
 

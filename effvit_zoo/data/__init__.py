@@ -1,7 +1,13 @@
 """From files to batches: roots, sources, splits, the order of samples, loaders."""
 
+from .changes import Listing as Listing
+from .changes import changes as changes
+from .changes import listing as listing
+from .changes import read_listing as read_listing
+from .changes import write_listing as write_listing
 from .config import DataConfig as DataConfig
 from .duplicates import DUPLICATES_UP_TO as DUPLICATES_UP_TO
+from .duplicates import Duplicates as Duplicates
 from .duplicates import duplicates as duplicates
 from .feed import Feed as Feed
 from .feed import make_feed as make_feed

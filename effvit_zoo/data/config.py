@@ -17,6 +17,9 @@ class DataConfig:
 
     root: str = "builtin:fashion-mnist-mini"
     """Folder of images, `builtin:fashion-mnist-mini`, `builtin:fashion-mnist`, or a timm data set such as `hfds/NAME`."""
+    labels: str | None = None
+    """Table of labels (.csv or .tsv with columns `path`, `label` and perhaps `split`) for the images below `root`; null where folders are
+    classes."""
     train_split: str = "train"
     """Name of the training split."""
     val_split: str = "auto"

@@ -23,9 +23,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import SAMPLEFORMAT
 
 from ..errors import UserError, one_line
+from .file_types import HEAD, IMAGE_SUFFIXES, sniff
+from .inventory import take_inventory
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 PROGRAMS = ("EPS", "WMF")  # formats that Pillow leaves to other programs
 WHITE = {"I": (65535,), "F": (1, 255, 65535)}
@@ -126,6 +127,9 @@ def _read(file: BinaryIO) -> Image.Image:
     except Image.UnidentifiedImageError:
         if file.seek(0, os.SEEK_END) == 0:
             raise ValueError("the file is empty") from None
+        file.seek(0)
+        if kind := sniff(file.read(HEAD)):
+            raise ValueError(kind) from None
         raise
     with opened as image:
         if image.format in PROGRAMS:
@@ -155,8 +159,12 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels.astype(np.float64) * scale).round().astype(np.uint8))
 
 
-def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Iterator[Path]:
-    """Files as given, and every image (by suffix, any case) below the folders, sorted; hidden files are skipped.
+def find_images(paths: Sequence[str | Path], note: Callable[[str], object] | None = None) -> Iterator[Path]:
+    """Files as given, and every image (by extension, any case) below the folders, sorted; hidden files are skipped.
+
+    Args:
+        paths: Files and folders.
+        note: Called with a line that says what was left out of a folder.
 
     Raises:
         BadImage: A path does not exist, or a folder contains no image.
@@ -167,14 +175,14 @@ def find_images(paths: Sequence[str | Path], suffixes: Sequence[str] = IMAGE_SUF
         if not path.is_dir():
             yield path
             continue
-        found = sorted(
-            p
-            for p in path.rglob("*")
-            if p.suffix.lower() in suffixes and not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
-        if not found:
-            raise BadImage(str(path), f"the folder contains no image ({' '.join(suffixes)})")
-        yield from found
+        inventory = take_inventory(str(path))
+        notes = inventory.left_out.notes(str(path))
+        if not inventory.images:
+            raise BadImage(str(path), "; ".join([f"the folder contains no image ({' '.join(IMAGE_SUFFIXES)})", *notes]))
+        if note is not None:
+            for line in notes:
+                note(line)
+        yield from sorted(path / name for name in inventory.images)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -46,6 +46,7 @@ def open_measured(
     record: Mapping[str, Any] | None = None,
     val_fraction: float = 0.1,
     split_seed: int = 0,
+    labels: str | os.PathLike[str] | None = None,
     class_map: ClassMap | None = None,
     download: bool = False,
     img_mode: str = "RGB",
@@ -63,14 +64,19 @@ def open_measured(
     Raises:
         UserError: As in `open_splits`, and where the data contains training images and the recorded split can't be applied.
     """
-    candidate = _Candidate(Root.find(root, img_mode, download, kinds), class_map)
     record = record or {}
+    recorded = None if labels else _recorded_labels(root, record, kinds)
+    labels = labels or recorded
+    candidate = _Candidate(Root.find(root, img_mode, download, kinds, labels), class_map)
     source: Any
     source, shown = candidate.find(record, kinds) if candidate.is_automatic(split, record) else (None, "")
     if split != "auto" and shown != HELD_OUT:
         fraction, seed = record.get("val_fraction", val_fraction), record.get("split_seed", split_seed)
         options: dict[str, Any] = {"class_map": class_map, "download": download, "img_mode": img_mode, "kinds": kinds}
+        options["labels"] = labels
         source, shown = open_source(root, split, val_fraction=fraction, split_seed=seed, **options), split
+    if recorded:
+        source = source.with_notes(f"{root} is read by the table {recorded}, as in training")
     if isinstance(source, StreamSource):
         return Measured(source, shown, "", source.num_samples)
     return Measured(source, shown, names_digest(name_hashes(source)), len(source))
@@ -93,7 +99,8 @@ class _Candidate:
         if not record:
             return self._own()
         trained = parse(record["root"], kinds)
-        if trained.kind != self.root.request.kind:
+        kind, own_kind = record.get("kind", trained.kind), self.root.request.kind
+        if kind != own_kind and not {kind, own_kind} <= {"folder", "table"}:
             return self._own()
         if "train_split" not in record:
             return self._by_seed(trained, record)
@@ -181,7 +188,8 @@ class _Candidate:
         if trained.name == request.name or (path is not None and os.path.realpath(trained.name) == path):
             source = self._open(self.root.choose("train"))
             if not isinstance(source, StreamSource):
-                return hold_out(source, record["val_fraction"], record["split_seed"])[1], HELD_OUT
+                ranked_by = "stored name" if source.ranked_by_name else "index"
+                return hold_out(source, record["val_fraction"], record["split_seed"], ranked_by)[1], HELD_OUT
         if self.root.is_folder and _last(trained.name) in (".", "..", _last(request.name), _last(path or "")):
             raise UserError(
                 f"whether {request.root} is the folder {trained.root} that the model was trained on is not known: "
@@ -192,6 +200,13 @@ class _Candidate:
     def _option(self) -> str:
         splits = [name for wanted in ("val", "test", "train") if (name := find_split(wanted, self.root.splits))]
         return "--split, e.g. --split all" if self.root.choose("auto") is None else f"--split: {', '.join(splits)}"
+
+
+def _recorded_labels(root: str | os.PathLike[str], record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str | None:
+    """The table of labels that the model was trained with, where the root is a folder that has it at the recorded place."""
+    folder = parse(root, kinds)
+    path = os.path.join(folder.name, record.get("labels") or "")
+    return os.path.realpath(path) if folder.kind == "folder" and record.get("labels") and os.path.isfile(path) else None
 
 
 def _last(path: str) -> str:

@@ -2,7 +2,8 @@
 
 A record is a JSON object, stored in a model folder's config.json under effvit_zoo.data:
 
-    root, path                 root as written; resolved path, which is not published
+    root, kind, path           root as written; its row of the table of kinds; resolved path, which is not published
+    labels                     of a table: where it lies relative to the data folder
     train_split, val_split     names of the splits, null for an undivided folder and for a part that was held out
     val_fraction, split_seed   of the held-out part
     held_out, ranked_by        with a held-out part: group name -> largest rank (16 hex digits) in it, and what ranks are of
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from .roots._names import composed
 from .sources import Source
 
 SKETCH = 64  # hashes in a sketch
@@ -39,10 +41,23 @@ def _hashes(names: Iterable[bytes], key: bytes = b"") -> np.ndarray:
     )  # no list of a million objects
 
 
+def _composed(name: bytes) -> bytes:
+    """A relative name in Unicode's composed form, as a copy on another system may have it."""
+    return name if name.isascii() else os.fsencode(composed(os.fsdecode(name)))
+
+
 def name_hashes(source: Source, edit: Callable[[bytes], bytes] | None = None) -> np.ndarray:
     """(N,) uint64 hashes of relative names, after `edit`."""
-    names = (source.relative_name(index) for index in range(len(source)))
+    names = (_composed(source.relative_name(index)) for index in range(len(source)))
     return _hashes(names if edit is None else map(edit, names))
+
+
+RANKED_BY: Mapping[str, Callable[[Source, int], bytes]] = {
+    "index": lambda source, index: str(index).encode(),
+    "stored name": lambda source, index: source.relative_name(index),
+    "name": lambda source, index: _composed(source.relative_name(index)),
+}
+"""What an image is ranked by: its index, its relative name as stored (in earlier versions), or that in Unicode's composed form."""
 
 
 def names_digest(hashes: np.ndarray) -> str:
@@ -60,10 +75,15 @@ def fingerprint(hashes: np.ndarray, other: np.ndarray | None = None) -> dict[str
     }
 
 
-def split_ranks(source: Source, seed: int, by_name: bool) -> np.ndarray:
-    """(N,) uint64: the order in which images are held out, from their relative names or from their indices."""
-    keys = (source.relative_name(index) if by_name else str(index).encode() for index in range(len(source)))
-    return _hashes(keys, str(seed).encode())
+def split_ranks(source: Source, seed: int, ranked_by: str) -> np.ndarray:
+    """(N,) uint64: the order in which images are held out, from what `RANKED_BY` says for each image."""
+    key = RANKED_BY[ranked_by]
+    return _hashes((key(source, index) for index in range(len(source))), str(seed).encode())
+
+
+def ranking(source: Source) -> str:
+    """What the images of a source are ranked by."""
+    return "name" if source.ranked_by_name else "index"
 
 
 def thresholds(source: Source, groups: np.ndarray, ranks: np.ndarray, in_val: np.ndarray) -> dict[str, str]:
@@ -79,7 +99,7 @@ def held_out_rows(source: Source, record: Mapping[str, Any]) -> np.ndarray:
     known = [record["held_out"].get(source.group_name(group)) for group in range(groups.max(initial=-1) + 1)]
     limits = np.array([int(limit or "0", 16) for limit in known], dtype=np.uint64)
     has_limit = np.array([limit is not None for limit in known], dtype=bool)
-    ranks = split_ranks(source, record["split_seed"], record["ranked_by"] == "name")
+    ranks = split_ranks(source, record["split_seed"], record["ranked_by"])
     return has_limit[groups] & (ranks <= limits[groups])
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from .images import BadImage, decode, decoding
+from .inventory import LeftOut
 from .streams.source import StreamSource
 
 
@@ -22,9 +24,11 @@ class Source(Protocol):
 
     Attributes:
         title: Folder or readable name of the split.
+        notes: What the user should know about how the data was read and what was left out, a line each.
     """
 
     title: str
+    notes: tuple[str, ...] = ()
 
     @property
     def ranked_by_name(self) -> bool:
@@ -78,6 +82,7 @@ class ImageSource(Source):
         targets: (N,) int32, the class index of each image, known without decoding.
         img_mode: "RGB" or "L".
         rows: (N,) int64, row in `data` of each image; None when this is all of it.
+        notes: As in `Source`.
     """
 
     title: str
@@ -86,6 +91,7 @@ class ImageSource(Source):
     targets: np.ndarray
     img_mode: str = "RGB"
     rows: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ranked_by_name(self) -> bool:
@@ -131,6 +137,18 @@ class ImageSource(Source):
         changed = replace(self, targets=new_index[self.targets].astype(np.int32), class_names=class_names)
         return changed.select(np.flatnonzero(changed.targets >= 0)) if (new_index < 0).any() else changed
 
+    def size(self, index: int) -> int:
+        """Size of an image file in bytes, of sources of files."""
+        return self.data.size(self._row(index))
+
+    def open(self, index: int) -> BinaryIO:
+        """An image file, of sources of files."""
+        return self.data[self._row(index)]
+
+    def with_notes(self, *notes: str) -> ImageSource:
+        """The same images with further notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
     def _row(self, index: int) -> int:
         position = range(len(self))[index]
         return position if self.rows is None else int(self.rows[position])
@@ -151,25 +169,71 @@ class FilePaths:
     def filename(self, row: int) -> str:
         return os.fsdecode(self.packed(row))
 
-    def __getitem__(self, row: int) -> Any:
+    def size(self, row: int) -> int:
+        return os.path.getsize(os.path.join(self.folder, self.filename(row)))
+
+    def __getitem__(self, row: int) -> BinaryIO:
         return open(os.path.join(self.folder, self.filename(row)), "rb")
 
 
 class TarFiles:
-    """timm's tar reader, with names that say which tar an image is in."""
+    """Images in a tar, in the tars of a folder, and in tars inside of these. Nothing is unpacked.
+
+    Attributes:
+        left_out: The files that are not read.
+    """
 
     def __init__(self, path: str) -> None:
-        self.reader = ReaderImageInTar(path, cache_tarfiles=False)  # an open tar can be neither shared nor pickled
+        self.path, self.left_out = path, LeftOut()
+        self.samples: list[tuple[str, tarfile.TarInfo | None, tarfile.TarInfo]] = []  # tar, tar inside of it, image
+        is_file = os.path.isfile(path)
+        for name in [""] if is_file else sorted(name for name in os.listdir(path) if name.endswith(".tar")):
+            with tarfile.open(os.path.join(path, name) if name else path) as tar:
+                self._add(tar, name, None)
+
+    def _add(self, tar: tarfile.TarFile, name: str, child: tarfile.TarInfo | None) -> None:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is None:
+                if not member.isdir():
+                    self.left_out.add("not a regular file", os.path.join(name, member.path))
+            elif child is None and member.path.lower().endswith(".tar"):
+                with tarfile.open(fileobj=file) as inner:
+                    self._add(inner, name, member)
+            elif not self.left_out.add_file(posixpath.normpath(os.path.join(name, member.path))):
+                self.samples.append((name, child, member))
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def packed(self, row: int) -> bytes:
         return os.fsencode(posixpath.normpath(self.filename(row).replace(os.sep, "/")))
 
     def filename(self, row: int) -> str:
-        member, tar, _ = self.reader.samples[row]
-        return os.path.join(tar or "", member.path)
+        name, _, member = self.samples[row]
+        return os.path.join(name, member.path)
 
-    def __getitem__(self, row: int) -> Any:
-        return self.reader[row]
+    def folder(self, row: int) -> str:
+        """Path of an image's folder, in which tars count as folders; "" where it has none."""
+        name, child, member = self.samples[row]
+        tars = [name.removesuffix(".tar"), posixpath.basename(child.path)[:-4] if child else ""]
+        path = posixpath.normpath(posixpath.join(*tars, posixpath.dirname(member.path).lstrip("/")))
+        return "" if path == "." else path
+
+    def size(self, row: int) -> int:
+        return self.samples[row][2].size
+
+    def read(self, row: int) -> bytes:
+        """The bytes of an image file."""
+        name, child, member = self.samples[row]
+        with tarfile.open(os.path.join(self.path, name) if name else self.path) as tar:
+            if child is None:
+                return tar.extractfile(member).read()  # type: ignore[union-attr]
+            with tarfile.open(fileobj=tar.extractfile(child)) as inner:
+                return inner.extractfile(member).read()  # type: ignore[union-attr]
+
+    def __getitem__(self, row: int) -> BinaryIO:
+        return io.BytesIO(self.read(row))
 
 
 AnySource = Source | StreamSource

@@ -103,6 +103,8 @@ def validate_one(candidate: Candidate, data: str, options: Options, img_size: in
         raise UserError(f"{candidate.name} takes {channels} channels, images have 3 (RGB) or 1 (grey)")
     config = DataConfig(root=data)
     measured = task.open_measured(config, options.split, record_of(candidate.record), MODES[channels])
+    for line in measured.source.notes:
+        tqdm.write(line)
     data_config = _resized(candidate, model, options, img_size)
     bad: dict[str, str] = {}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,7 +54,8 @@ def class_order(source_classes: tuple[str, ...], labels: tuple[str, ...] | None,
         UserError: The data has a class that the model doesn't know.
     """
     if labels is not None:
-        places = {name: index for index, name in enumerate(labels)}
+        source_classes = tuple(unicodedata.normalize("NFC", name) for name in source_classes)
+        places = {unicodedata.normalize("NFC", name): index for index, name in enumerate(labels)}
         strange = [name for name in source_classes if name not in places]
         if not strange:
             return [places[name] for name in source_classes]

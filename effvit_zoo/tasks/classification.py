@@ -39,6 +39,7 @@ from .contract import Evaluation, Metric, Section, Table, Task, mean_over_images
 
 WORST = 24  # mistakes that are kept for the report
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
+MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
 CONFUSION, MISTAKES = "confusion_matrix.png", "mistakes.png"
 
 
@@ -124,12 +125,13 @@ class Classification(Task):
             val_split=data.val_split,
             val_fraction=data.val_fraction,
             split_seed=data.split_seed,
+            labels=data.labels,
             img_mode=img_mode,
         )
 
     @classmethod
     def open_measured(cls, data: DataConfig, split: str, record: Mapping[str, Any] | None, img_mode: str) -> Measured:
-        return open_measured(data.root, split, record=record, img_mode=img_mode)
+        return open_measured(data.root, split, record=record, labels=data.labels, img_mode=img_mode)
 
     @classmethod
     def for_training(
@@ -158,13 +160,14 @@ class Classification(Task):
 
     def data_notes(self, splits: DataSplits) -> list[str]:
         if not isinstance(splits.train, ImageSource):
-            return []
+            return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}"]
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
-        if counts.max() < UNEQUAL * counts.min():
-            return []
-        least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
-        advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
-        return [f"classes are imbalanced: {most} training images, {least} ({advice})"]
+        notes = [_class_note(self.shown, counts, splits.val)]
+        if counts.max() >= UNEQUAL * counts.min():
+            least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
+            advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
+            notes.append(f"classes are imbalanced: {most} training images, {least} ({advice})")
+        return notes
 
     # model
 
@@ -306,6 +309,20 @@ class ClassificationEvaluator:
                 "mistakes": sorted(mistakes, reverse=True)[:WORST],
             },
         )
+
+
+def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
+    """The classes with their numbers of training and validation images; of many classes the first, the largest and the smallest."""
+    held = np.bincount(val.targets, minlength=len(names)) if isinstance(val, ImageSource) else None
+    shown = [f"{name} {train[i]}{'' if held is None else f'+{held[i]}'}" for i, name in enumerate(names)]
+    note = f"classes (training{'' if held is None else '+validation'} images): {', '.join(_shortened(shown))}"
+    if len(names) > MANY_CLASSES:
+        note += f"; largest {shown[train.argmax()]}, smallest {shown[train.argmin()]}"
+    return note
+
+
+def _shortened(items: Sequence[str]) -> list[str]:
+    return list(items) if len(items) <= MANY_CLASSES else [*items[:FIRST_CLASSES], f"... ({len(items)} classes)"]
 
 
 def _worst_of(worst: Tensor, logits: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class RunState:
     """Finished optimizer steps."""
     batch: int = 0
     """Largest number of images per optimizer step, over all processes."""
+    steps_per_epoch: int = 0
+    """Optimizer steps of an epoch; 0 in checkpoints of earlier versions."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the images of the current epoch: their number ("images"), the loss and the task's values."""
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from timm.optim import list_optimizers
 
 from .. import config as strict
-from .. import tasks
+from .. import run_folder, tasks
 from ..config import one_of, section
 from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
@@ -206,6 +206,16 @@ class RunConfig:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides and validates the result. Raises `UserError`."""
     content = strict.read_yaml(path)
+    strict.apply_overrides(content, overrides)
+    return strict.parse(RunConfig, content)
+
+
+def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a run folder. Where it is of a version without `data.split_seed`, the split came from `train.seed`."""
+    content = strict.read_yaml(folder / run_folder.CONFIG)
+    data, train = content.get("data") or {}, content.get("train") or {}
+    if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
+        content["data"] = {**data, "split_seed": train["seed"]}
     strict.apply_overrides(content, overrides)
     return strict.parse(RunConfig, content)
 

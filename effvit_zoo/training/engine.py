@@ -133,14 +133,18 @@ class _Run:
     def _initial_state(self, checkpoint: Path | None) -> RunState:
         train = self.config.train
         batch = train.batch_size * train.grad_accum * self.accelerator.num_processes
+        steps_per_epoch = self.feed.steps_per_epoch
         if checkpoint is None:
-            return RunState(batch=batch)
+            return RunState(batch=batch, steps_per_epoch=steps_per_epoch)
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         if state.batch != batch:
             raise UserError(
                 f"checkpoint {checkpoint} was made with {state.batch} images per step, this run has {batch} "
                 f"(train.batch_size x train.grad_accum x processes): keep this product unchanged"
             )
+        if state.steps_per_epoch not in (0, steps_per_epoch):  # other images, which were allowed: begin the epoch again
+            state.step, state.sums = len(state.history) * steps_per_epoch, {}
+        state.steps_per_epoch = steps_per_epoch
         self.scheduler.step_update(state.step)
         return state
 

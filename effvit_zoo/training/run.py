@@ -17,15 +17,16 @@ from torch import nn
 
 from .. import config as strict
 from .. import hub, run_folder
-from ..data import DUPLICATES_UP_TO, MODES, Feed, StreamSource, duplicates, make_feed, seed_everything
+from ..data import MODES, Feed, make_feed, seed_everything
 from ..errors import UserError, one_line
 from ..measure import cost
 from ..report.run_page import write_report, write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
+from ._data_checks import data_notes, record_images, require_recorded_images
 from ._processes import on_cpu, process_state
 from .checkpoint import find_checkpoint
-from .config import RunConfig, load_config
+from .config import RunConfig, load_config, load_run
 from .engine import FitResult, fit
 
 HARMLESS_CHANGES = (
@@ -68,7 +69,7 @@ def train(
         overrides: `section.key=value` settings that override the file's.
         output: Run folder. None: `runs/NAME-OF-CONFIG`, numbered when that is taken.
         resume: None starts anew; "auto" resumes in the run folder if it holds a run; a run folder resumes there.
-        allow_change: Config keys that may differ from those the resumed run was started with.
+        allow_change: Config keys that may differ from those the resumed run was started with; `data.files` allows other images.
         adapt: Makes the objective of a pipeline's stage.
 
     Raises:
@@ -81,19 +82,20 @@ def train(
     seed_everything(config.train.seed)
     run = prepare(config, accelerator.num_processes)
     objective = _objective(run, config, adapt)
+    if checkpoint is not None:
+        require_recorded_images(folder, run.feed.splits, config.data.root, allow_change)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
     if accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.CONFIG, strict.dump(asked))
+        record_images(folder, run.feed.splits)
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
     verb = "resuming" if checkpoint else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
-    notes = start_notes(config) + data_notes(run, config) if accelerator.is_main_process else []
-    for note in notes:
-        print(note)
+    notes = _print_notes(run, config) if accelerator.is_main_process else []
     result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
@@ -179,8 +181,8 @@ def _resumed_config(
     folder: Path, config_path: str | Path | None, overrides: Sequence[str], allow_change: Sequence[str]
 ) -> RunConfig:
     """The config to resume with; anything that would make it another run has to be allowed by name."""
-    before = load_config(folder / run_folder.CONFIG)
-    config = load_config(folder / run_folder.CONFIG if config_path is None else config_path, overrides)
+    before = load_run(folder)
+    config = load_run(folder, overrides) if config_path is None else load_config(config_path, overrides)
     refused = [key for key in strict.changed_keys(before, config) if key not in (*HARMLESS_CHANGES, *allow_change)]
     if refused:
         raise UserError(
@@ -284,6 +286,14 @@ def try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
         model.train(was_training)
 
 
+def _print_notes(run: Prepared, config: RunConfig) -> list[str]:
+    """Prints what the user should know before the first step, and returns it."""
+    notes = start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    for note in notes:
+        print(note)
+    return notes
+
+
 def start_notes(config: RunConfig) -> list[str]:
     """Settings that don't suit random initial weights."""
     meant_for_trained = {
@@ -295,24 +305,6 @@ def start_notes(config: RunConfig) -> list[str]:
         return []
     name, settings = config.model.name, " and ".join(used)
     return [f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?"]
-
-
-def data_notes(run: Prepared, config: RunConfig) -> list[str]:
-    """What the user should know about the data before training: the task's notes, and files that are in both splits."""
-    train, val = run.feed.splits.train, run.feed.splits.val
-    notes = run.task.data_notes(run.feed.splits)
-    if isinstance(train, StreamSource) or isinstance(val, StreamSource):
-        return notes
-    wanted = config.data.check_duplicates
-    if wanted or (wanted is None and len(train) + len(val) <= DUPLICATES_UP_TO):
-        pairs = duplicates(train, val)
-        if pairs:
-            name, _ = next(iter(run.task.metrics.items()))
-            notes.append(
-                f"warning: {len(pairs)} of {len(val)} validation files are training files too, "
-                f"e.g. {pairs[0][0]} is {pairs[0][1]}: {run.task.metrics[name].title} will be too good"
-            )
-    return notes
 
 
 def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processes: int | None = None) -> dict[str, Any]:
@@ -347,6 +339,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
         "params": cost.count_params(model),
         "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
+        "notes": data_notes(run.feed.splits, run.task, config.data) if run else [],
         "images_per_step": train.batch_size * processes * train.grad_accum,
         "batch": f"{train.batch_size} per process x {processes} processes x {train.grad_accum} accumulated",
         "optimizer": optim.name,
@@ -366,14 +359,16 @@ def _data_is_there(config: RunConfig) -> bool:
     try:
         TASKS[config.task.kind].open_splits(config.data, "RGB")
     except UserError:
-        return False
+        return os.path.exists(os.path.expanduser(config.data.root))  # it is, and something is wrong with it
     return True
 
 
 def print_dry_run(facts: dict[str, Any]) -> None:
     """Facts of `dry_run`, a line each."""
+    for note in facts["notes"]:
+        print(note)
     for name, value in facts.items():
-        if value is not None:
+        if value is not None and name != "notes":
             shown = f"{value:,}" if name == "params" else f"{value:g}" if isinstance(value, float) else value
             print(f"{name.replace('_', ' '):16} {shown}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 
 from ...errors import UserError
@@ -18,6 +19,11 @@ def find_split(wanted: str, names: Iterable[str]) -> str | None:
     wanted = wanted.casefold().removesuffix(".tar")
     synonyms = next((group for group in SPLITS if wanted in group), ())
     return next((by_stem[name] for name in (wanted, *synonyms) if name in by_stem), None)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC): macOS stores decomposed letters, other systems what was typed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def few(names: Iterable[str]) -> str:

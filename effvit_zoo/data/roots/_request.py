@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ class Request:
         folder: What follows the "@", or the folder of shards; None where there is none.
         img_mode: "RGB" or "L".
         download: Whether client libraries may fetch what is missing.
+        labels: Path of the table of labels, None for other kinds.
         training: Whether a stream is read for training, in a random order.
     """
 
@@ -33,6 +34,7 @@ class Request:
     folder: str | None
     img_mode: str
     download: bool = False
+    labels: str | None = None
     training: bool = False
 
 
@@ -45,6 +47,7 @@ class Kind(NamedTuple):
         modules: Modules that must be importable.
         package: What to `pip install` for them.
         free_form: Whether split names have a grammar of their own, e.g. "train[:10%]" or "train-{0..9}.tar".
+        unused: Notes on what is there beside the splits that are used, given their names and their classes. Raises `UserError`.
     """
 
     splits: Callable[[Request], Sequence[str]]
@@ -52,10 +55,14 @@ class Kind(NamedTuple):
     modules: tuple[str, ...] = ()
     package: str = ""
     free_form: bool = True
+    unused: Callable[[Request, Collection[str], Collection[str]], list[str]] = lambda request, used, class_names: []
 
 
-def image_source(title: str, data: Any, class_names: Iterable[str], targets: Any, request: Request) -> ImageSource:
-    return ImageSource(title, data, tuple(class_names), np.asarray(targets, dtype=np.int32), request.img_mode)
+def image_source(
+    title: str, data: Any, class_names: Iterable[str], targets: Any, request: Request, notes: Iterable[str] = ()
+) -> ImageSource:
+    classes = np.asarray(targets, dtype=np.int32)
+    return ImageSource(title, data, tuple(class_names), classes, request.img_mode, notes=tuple(notes))
 
 
 def cache_folder() -> str:

@@ -24,6 +24,7 @@ class StreamSource:
         sequence: Its samples by place, each once per epoch; None where timm distributes whole shards over processes and loader
             workers: in tfds, and in remote tars without an _info.json.
         num_samples: Images in the whole split, None when unknown.
+        notes: As in `Source`.
     """
 
     def __init__(
@@ -39,12 +40,19 @@ class StreamSource:
         self.num_samples: int | None = (sequence or dataset.reader).num_samples or None
         self.new_index: np.ndarray | None = None  # class index in the data -> in `class_names`; -1 is left out
         self.epoch = 0
+        self.notes: tuple[str, ...] = ()
 
     def with_classes(self, class_names: tuple[str, ...], new_index: np.ndarray) -> StreamSource:
         """The same images with other class indices; arguments as in `ImageSource.with_classes`."""
         changed = copy.copy(self)
         changed.class_names = class_names
         changed.new_index = new_index if self.new_index is None else np.append(new_index, -1)[self.new_index]
+        return changed
+
+    def with_notes(self, *notes: str) -> StreamSource:
+        """The same images with further notes, as in `Source`."""
+        changed = copy.copy(self)
+        changed.notes = (*self.notes, *notes)
         return changed
 
     def set_seed(self, seed: int) -> None:
