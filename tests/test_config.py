@@ -294,7 +294,7 @@ def test_every_setting_is_documented(brightness):
 
 
 def test_the_schema_file_is_up_to_date():
-    """If this fails: python tools/index.py"""
+    """If this fails: python tools/index.py settings schema"""
     assert (CONFIGS / "run.schema.json").read_text() == command.schema_text()
 
 

@@ -30,7 +30,7 @@ ONE_OF_EACH_FAMILY = ["edgenext_xx_small", "swiftformer_xs", "efficientvit_b0", 
 
 
 def test_the_index_has_the_names_and_weights_of_the_registry():
-    """If this fails: python tools/index.py"""
+    """If this fails: python tools/index.py models"""
     known = _index.models()
     assert [*known] == timm.list_models("effzoo_*")
     for name, facts in known.items():
@@ -47,14 +47,14 @@ def test_the_index_has_the_facts(name):
 
 @pytest.mark.slow
 def test_the_index_has_all_facts():
-    """If this fails: python tools/index.py"""
+    """If this fails: python tools/index.py models"""
     assert _index.models() == json.loads(
         json.dumps({name: info.model_facts(name) for name in effvit_zoo.list_models()})
     )
 
 
 def test_the_index_has_the_settings():
-    """If this fails: python tools/index.py"""
+    """If this fails: python tools/index.py settings schema"""
     assert _index.settings() == config.run_settings()
 
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """Writes the files from which `effzoo` answers without torch: models, settings, and the JSON schema of a run.
 
-python tools/index.py
+python tools/index.py [settings] [schema] [models]     # all, or some of them
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ def lines_of(content: Any, depth: int) -> str:
     return "[\n" + ",\n".join(inner) + "\n]"
 
 
-def files() -> Iterator[tuple[Path, str]]:
-    """Every generated file with its content."""
-    yield _index.SETTINGS, lines_of(config.run_settings(), 2) + "\n"
-    yield CONFIGS / "run.schema.json", config.schema_text()
-    facts = {name: info.model_facts(name) for name in effvit_zoo.list_models()}
-    yield _index.MODELS, lines_of(facts, 1) + "\n"
+def models() -> str:
+    return lines_of({name: info.model_facts(name) for name in effvit_zoo.list_models()}, 1) + "\n"
+
+
+FILES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "settings": (_index.SETTINGS, lambda: lines_of(config.run_settings(), 2) + "\n"),
+    "schema": (CONFIGS / "run.schema.json", config.schema_text),
+    "models": (_index.MODELS, models),
+}
 
 
 if __name__ == "__main__":
-    for path, text in files():
-        write_text(path, text)
+    for name in sys.argv[1:] or FILES:
+        path, text = FILES[name]
+        write_text(path, text())
