@@ -75,7 +75,8 @@ def relabel(source: ImageSource | StreamSource, class_to_idx: Mapping[str, int])
 def require_classes(train: Any) -> None:
     """Raises `UserError` where a labelled training split has a single class."""
     if isinstance(train, ImageSource | StreamSource) and len(train.class_names) < 2:
-        raise UserError(f"only one class in {train.title}: {train.class_names[0]}; expected at least two")
+        said = f"only one class in {train.title}: {train.class_names[0]}; expected at least two"
+        raise UserError("; ".join([said, *train.notes]))
 
 
 def with_same_classes(root: str, train: Any, val: Any) -> Any:
