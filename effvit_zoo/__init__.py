@@ -26,6 +26,7 @@ def _is_command_line() -> bool:
 if not _is_command_line():
     from . import hub as hub
     from . import models as models
+    from .evaluation.prediction import predict as predict
     from .export.optimize import optimize_for_inference as optimize_for_inference
     from .hub import pull as pull
     from .models import swap_attention as swap_attention
@@ -37,6 +38,7 @@ __all__ = [
     "create_model",
     "list_models",
     "optimize_for_inference",
+    "predict",
     "pull",
     "push",
     "swap_attention",

@@ -27,6 +27,11 @@ def one_line(error: object, limit: int = 200) -> str:
     return text[:limit] if text else type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Text with control characters, line breaks and undecodable bytes of a file's name written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def unknown_choice(kind: str, got: str, known: Collection[str]) -> UserError:
     """A `UserError` for a name that is not in a table, see `unknown_choice_text`."""
     return UserError(unknown_choice_text(kind, got, known))
@@ -122,6 +127,8 @@ def run_command(command: Callable[[], object]) -> int:
         The exit code: 0, 2 for bad input or a failing disk or network, 130 for an interrupt.
         Any other exception is a defect of this package and keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: names of files may hold what can't be encoded
     try:
         command()
     except (UserError, OSError) as error:

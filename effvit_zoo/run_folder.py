@@ -59,10 +59,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, creating its folder."""
+    """Writes a text file in UTF-8, creating its folder. Bytes of file names that are no UTF-8 become escapes, those of JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as writing:
-        writing.write_text(text, encoding="utf-8")
+        writing.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -149,7 +149,7 @@ def test_plot_names_every_line_with_its_exponent(tmp_path):
         "softmax",
         "ELU  1.07",
         "ELU  0.98",
-        "Time, forward",
+        "Time, forward, logarithmic axes",
         "on a host",
         "224 px",
         "1 s",

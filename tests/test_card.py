@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -247,6 +248,36 @@ def test_usage_blocks_of_other_kinds_run_too(the_hub, tmp_path, kind, monkeypatc
     capsys.readouterr()
     exec(script_in(the_hub.repos[NAME].files(revision or "main")["README.md"].decode()), {})
     assert capsys.readouterr().out.splitlines() == lines_of(folder, tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_the_usage_block_prepares_images_as_predict_does(the_hub, tmp_path, channels, monkeypatch, capsys):
+    """Transparent, turned by EXIF, of 16 and of 32 bits: what `convert("RGB")` alone gets wrong."""
+    torch.manual_seed(0)
+    model = timm.create_model("effzoo_vit_pico", num_classes=7, in_chans=channels)
+    folder = hub.save(model, tmp_path / "model", label_names=list("abcdefg"))
+    push(folder, NAME)
+    script = script_in(the_hub.repos[NAME].files()["README.md"].decode())
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    colours, greys = rng.integers(0, 255, (40, 60, 4), np.uint8), rng.integers(0, 50_000, (40, 60))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = {
+        "transparent": (Image.fromarray(colours), {"format": "PNG"}),
+        "turned": (Image.fromarray(colours[..., :3]), {"format": "JPEG", "exif": turned}),
+        "turned and transparent": (Image.fromarray(colours), {"format": "PNG", "exif": turned}),
+        "palette": (Image.fromarray(colours[..., :3]).quantize(16), {"format": "PNG", "transparency": 3}),
+        "16 bits": (Image.fromarray(greys.astype(np.uint16)), {"format": "PNG"}),
+        "32 bits": (Image.fromarray(greys.astype(np.int32) * 9), {"format": "TIFF"}),
+        "floats": (Image.fromarray((greys / 60_000).astype(np.float32)), {"format": "TIFF"}),
+        "CMYK": (Image.fromarray(colours[..., :3]).convert("CMYK"), {"format": "JPEG"}),
+    }
+    for kind, (image, options) in images.items():
+        image.save("photo.jpg", **options)
+        capsys.readouterr()
+        exec(script, {})
+        assert (kind, *capsys.readouterr().out.splitlines()) == (kind, *lines_of(folder, tmp_path / "photo.jpg"))
 
 
 def test_the_command_in_the_card_runs(the_hub, run, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from PIL import Image
 import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.cli import COMMANDS, main
+from effvit_zoo.errors import UserError
 from effvit_zoo.measure import cost
 
 NAME = "test_vit"
@@ -268,6 +271,72 @@ def test_predict_draws_every_image_once(folder, photos, tmp_path, capsys):
 def capsys_cleared(capsys):
     capsys.readouterr()
     return capsys
+
+
+def test_a_file_named_twice_is_predicted_once(folder, photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    rows = json.loads(
+        printed(["predict", "--model", str(folder), "a.png", "./a.png", "more", "more/c.bmp", "--json"], capsys)
+    )
+    assert [row["image"] for row in rows] == ["a.png", "more/a.png", "more/c.bmp", "more/d.webp"]
+    assert all(len(row["classes"]) == 3 for row in rows)
+
+
+def test_drawing_beside_the_images_does_not_overwrite_them(folder, photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    before = (photos / "a.png").read_bytes()
+    printed(["predict", "--model", str(folder), "a.png", "b.jpg", "--draw", "."], capsys)
+    assert (photos / "a.png").read_bytes() == before
+    assert Image.open(photos / "a-2.png").width >= 320
+    assert Image.open(photos / "b.png").width >= 320
+
+
+def test_names_that_no_terminal_shows(folder, tmp_path, capsys):
+    """Not UTF-8, of two lines, with an escape sequence, in brackets."""
+    names = [b"caf\xe9.png", b"two\nlines.png", b"\x1b[31mred.png", b"[bold]:cat:.png", "\u732b.png".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            Image.new("RGB", (8, 8)).save(file, format="PNG")
+    text = printed(
+        ["predict", "--model", str(folder), str(tmp_path), "--topk", "1", "--draw", str(tmp_path / "drawn")], capsys
+    )
+    assert len(text.splitlines()) == 6
+    for shown in ("caf\\udce9.png", "two\\nlines.png", "\\x1b[31mred.png", "[bold]:cat:.png", "\u732b.png"):
+        assert shown in text
+    shutil.rmtree(tmp_path / "drawn")
+    target = tmp_path / "out.json"
+    printed(["predict", "--model", str(folder), str(tmp_path), "--json", "--output", str(target)], capsys)
+    found = [os.fsencode(os.path.basename(row["image"])) for row in json.loads(target.read_text())]
+    assert sorted(found) == sorted(names)
+
+
+def test_predict_in_python_takes_images_of_every_kind(folder, photos):
+    path = photos / "more" / "a.png"
+    image = Image.open(path).convert("RGB")
+    pixels = np.asarray(image)
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    sixteen = (pixels.astype(np.uint16) * 257, pixels / 255)
+    given = [path, str(path), image, pixels, tensor, tensor.float() / 255, *sixteen, np.stack([pixels, pixels])]
+    found = effvit_zoo.predict(str(folder), given, topk=2)
+    assert [one.image for one in found] == [path, path, *[None] * 8]
+    assert all(len(one.rows) == 2 and one.rows == found[0].rows for one in found)
+    assert found[0].rows[0]["label"] in ("red", "blue", "green")
+    [alone] = effvit_zoo.predict(hub.load(folder), image, topk=2)
+    assert alone.rows == found[0].rows
+    assert [one.image.name for one in effvit_zoo.predict(str(folder), photos / "more")] == ["a.png", "c.bmp", "d.webp"]
+    skipped = []
+    wrong = [
+        torch.randn(3, 8, 8),
+        np.zeros((8, 8, 2), np.uint8),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        photos / "none.png",
+    ]
+    assert effvit_zoo.predict(str(folder), wrong, on_bad=skipped.append) == []
+    assert "there is no such file" in str(skipped[0])
+    for error, said in zip(skipped[1:], ("floats from 0 to 1", r"got (8, 8, 2)", r"got (8, 8, 3)"), strict=True):
+        assert said in str(error)
+    with pytest.raises(UserError, match="expected images"):
+        effvit_zoo.predict(str(folder), 3)
 
 
 def test_predict_in_grey_and_without_labels(tmp_path, photos, capsys):

@@ -206,18 +206,22 @@ def validated(measured, *arguments):
 def test_one_model_is_printed_with_its_sections(measured, capsys):
     validated(measured)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{measured[0]} on {measured[1]} (")
+    assert lines[0] == "Classes, weakest first"
     assert sorted([line.split()[0] for line in lines if line.split()[:1] in (["blue"], ["red"])]) == ["blue", "red"]
-    assert lines[-1].startswith("top-1 ")
-    assert " on 7 images, " in lines[-1]
+    assert lines[-3].startswith(f"{measured[1]} (all): 7 images, names ")
+    assert lines[-2].split()[:2] == ["model", "top-1,"]
+    assert lines[-1].split()[0] == str(measured[0])
 
 
 def test_several_results_are_printed_as_a_summary(measured, capsys, tmp_path):
     validated(measured, "--img-size", 32, 48, "--results-file", tmp_path / "both.json")
-    head, *lines = capsys.readouterr().out.splitlines()
-    for title in ("model", "images", "input", "top-1, %", "loss", "images/s"):
+    _, head, *lines = capsys.readouterr().out.splitlines()
+    for title in ("model", "images", "input", "top-1, %", "95 % interval", "loss", "images/s", "split"):
         assert title in head
     assert len(lines) == 2
     rows = json.loads((tmp_path / "both.json").read_text())
     assert [row["input_size"] for row in rows] == [[3, 32, 32], [3, 48, 48]]
     assert f"{rows[1]['top1']:.2f}" in lines[1]
+    low, high = rows[1]["top1_interval"]
+    assert low < rows[1]["top1"] < high
+    assert f"{low:.1f} to {high:.1f}" in lines[1]

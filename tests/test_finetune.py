@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import re
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from hub_server import READ_TOKEN
+from PIL import Image
 from runs import ROOT, make_photos, start, summary, train_small
 from safetensors.torch import load_file
 
@@ -18,8 +20,10 @@ from effvit_zoo import hub
 from effvit_zoo.data import Batch
 from effvit_zoo.data.plan import BatchPlan
 from effvit_zoo.errors import UserError
-from effvit_zoo.tasks import Classification
-from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weights, per_class
+from effvit_zoo.report.run_page import Page, write_report
+from effvit_zoo.tasks import Classification, Picture, Section, Table
+from effvit_zoo.tasks._scores import macro_f1, per_class, wilson_interval
+from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weights
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
 from effvit_zoo.training.optim import make_optimizer, make_scheduler
@@ -57,6 +61,19 @@ def test_the_recipe_in_one_command(photos, tmp_path, capsys):
     assert not re.search(r'(src|href)="(?!data:)', page)  # no other file is needed
     for word in ("recall, %", "precision, %", "F1, %", "blue", "classes are imbalanced", "Most confident mistakes"):
         assert word in page
+    places = [
+        page.index(f">{part}</h2>") for part in ("Examples", "Summary", "Curves", "Confusion matrix", "Technical")
+    ]
+    assert places == sorted(places)
+    for word in (
+        "95 % interval",
+        "always naming the largest class, blue",
+        "macro-F1",
+        "hflip",
+        "3 x cross covariance attention",
+    ):
+        assert word in page
+    assert "top-5" not in page  # of three classes
     assert summary(output)["epochs_run"] == 2
 
 
@@ -184,7 +201,31 @@ def test_the_surest_mistakes_are_kept(photos, tmp_path):
     got = json.loads(next(state).read_text())["best"]["details"]["mistakes"]
     assert len(got) == min(len(expected), 24) > 0
     assert [row[1:] for row in got] == [list(row[1:]) for row in expected[:24]]
-    assert (output / "mistakes.png").stat().st_size > 0
+    page = (output / "report.html").read_text()
+    for _, index, *_ in got:
+        assert feed.val_image(int(index))[0] in page
+
+
+def test_scores_of_all_classes():
+    """By hand: F1 of 2/3, 0 and, for the class that is only predicted, 0; Wilson's interval as in his formula for 5 and 0 of 10."""
+    assert macro_f1([[0, 0, 1], [0, 2, 1], [1, 0, 0], [1, 2, 3]]) == pytest.approx(200 / 3 / 3)
+    assert wilson_interval(0.5, 10) == pytest.approx((0.236590, 0.763410), abs=1e-5)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-5)
+
+
+def test_a_page_keeps_any_name(tmp_path):
+    """HTML's own signs, links, right-to-left text and names that are not UTF-8."""
+    image = Image.new("RGB", (4, 4))
+    names = ['<script>"a&b"', "a b#c?d'e.png", "قطة", "\udce9.png"]
+    pictures = [Picture(image, name, f"is {name}", name) for name in names]
+    table = Table(("class", "images"), [[name, 3] for name in names])
+    write_report(tmp_path, Page("t", "h", sections=[Section("Examples", pictures=pictures, table=table)]))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    text = html.unescape(page)
+    for name in names[:3]:
+        assert text.count(name) >= 4
+    assert "?.png" in page
 
 
 def test_repeated_augmentation():

@@ -90,7 +90,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monk
     assert train_small(tmp_path / "whole", *settings) == 0
     original = engine._Run._optimizer_step
 
-    for name, step in (("middle", 3), ("end_of_epoch", 6)):
+    for name, step in (("middle", 9), ("end_of_epoch", 6)):
         output = tmp_path / name
 
         def terminated(self, batches, step=step):
@@ -106,9 +106,14 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monk
             train_small(output, *settings)
         assert leaving.value.code == 0
         assert f"SIGTERM: stopped after step {step}" in "".join(capsys.readouterr())
+        page = (output / "report.html").read_text()
+        assert f"Interrupted by a signal to stop after {step // 9} of 2 epochs, step {step} of 12" in page
+        assert f"effzoo train --resume {output}" in page
+        assert ("top-1" in page) == (step == 9)  # no epoch had been measured before
         monkeypatch.setattr(engine._Run, "_optimizer_step", original)
         assert (output / "checkpoints" / f"step-{step:08d}").is_dir()
         assert train_small(output, *settings, more=["--resume", "auto"]) == 0
+        assert "Interrupted" not in (output / "report.html").read_text()
         for part in ("best", "last"):
             whole, resumed = (load_file(folder / part / "model.safetensors") for folder in (tmp_path / "whole", output))
             assert all(torch.equal(whole[key], resumed[key]) for key in whole)

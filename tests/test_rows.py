@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from effvit_zoo.errors import UserError
 from effvit_zoo.report import rows
@@ -49,6 +50,24 @@ def test_tables_are_aligned_and_never_cut_off_a_terminal(capsys, tmp_path):
     assert second.split() == ["[b]", "10"]
     rows.print_table([], [["name", "value"]], output=tmp_path / "facts.txt")
     assert (tmp_path / "facts.txt").read_text() == "name   value\n"
+
+
+def test_names_are_printed_as_they_are(capsys):
+    """Neither rich's markup nor its emoji codes, in titles, heads and cells of every console; escape sequences are shown, not obeyed."""
+    names = ["cat [indoor]", ":cat:", "[/INST]", "[bold]"]
+    console = rows.make_console()
+    table = Table(*names, title="set [v2] :dog:")
+    table.add_row(*names)
+    console.print(table)
+    console.print(" ".join(names))
+    text = capsys.readouterr().out
+    assert all(text.count(name) == 3 for name in names)
+    assert "set [v2] :dog:" in text
+    rows.print_table(names, [names, ["\x1b[31mred", "two\nlines", "", ""]])
+    text = capsys.readouterr().out
+    assert all(text.count(name) == 2 for name in names)
+    assert r"\x1b[31mred" in text
+    assert len(text.splitlines()) == 4
 
 
 def test_format_arguments_and_numbers():

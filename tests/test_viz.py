@@ -3,18 +3,21 @@
 import csv
 import io
 import re
+from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
 from PIL import Image
 
-from effvit_zoo.viz import style
-from effvit_zoo.viz.curves import curves
+from effvit_zoo.viz import fonts, style
+from effvit_zoo.viz.curves import curves, single_curves
 from effvit_zoo.viz.matrix import confusion_matrix
-from effvit_zoo.viz.predictions import GRID_CELL, MAX_SIDE, MIN_WIDTH, annotate, captioned_grid
-from effvit_zoo.viz.selection import metric_over_macs
+from effvit_zoo.viz.predictions import MAX_SIDE, MIN_WIDTH, annotate
+from effvit_zoo.viz.selection import metric_over_cost
 
 PANELS = [("Top-1, %", "train_top1", "top1", True)]
 
@@ -47,6 +50,13 @@ def test_curves_name_the_lines_and_the_best_epoch(tmp_path):
     assert found.count("training") == found.count("validation") == 2
     assert "best 70.00 at epoch 3" in found
     assert "300 training images per second" in found
+
+
+def test_losses_of_two_kinds_have_axes_of_their_own(tmp_path):
+    found = texts(lambda path: curves(epoch_rows(5), path, PANELS, "KL divergence"), tmp_path)
+    assert {"Training loss", "KL divergence", "Validation loss"} <= set(found)
+    assert found.count("training") == found.count("validation") == 2
+    assert len(single_curves(epoch_rows(5), PANELS, "KL divergence")) == 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 300])
@@ -147,24 +157,83 @@ def test_annotated_images_are_of_readable_size(size):
     assert middle == (10, 120, 10)
 
 
-def test_a_grid_holds_every_image(tmp_path):
-    images = [Image.new("RGB", size, (10, 120, 10)) for size in [(8, 8), (400, 30), (1, 900)] * 3]
-    captioned_grid(images, [("is cat", "93 % dog")] * len(images), tmp_path / "grid.png")
-    grid = Image.open(tmp_path / "grid.png")
-    assert grid.width > 6 * GRID_CELL
-    assert 2 * GRID_CELL < grid.height < 3 * GRID_CELL
-    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
-    with pytest.raises(ValueError, match="at least one"):
-        captioned_grid([], [], tmp_path / "none.png")
+def font_with(signs, path):
+    """A font whose only glyphs are filled squares for the signs."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0)), pen.lineTo((0, 900)), pen.lineTo((900, 900)), pen.lineTo((900, 0)), pen.closePath()
+    square, glyphs = pen.glyph(), [f"sign{number}" for number in range(len(signs))]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", *glyphs])
+    builder.setupCharacterMap({ord(sign): glyph for sign, glyph in zip(signs, glyphs, strict=True)})
+    builder.setupGlyf(dict.fromkeys([".notdef", *glyphs], square))
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", *glyphs], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
 
 
-def test_any_metric_over_macs(tmp_path):
-    points = [{"macs": macs, "ratio": ratio, "miou": 40 + 9 * ratio} for macs, ratio in ((2e8, 0.5), (4e8, 0.9))]
-    dense = {"macs": 5e8, "miou": 50.0}
-    options = {"key": "miou", "label": "mIoU, %", "controls": {"random": points[:1]}}
-    found = texts(lambda path: metric_over_macs({"ToSA": points}, dense, path, **options), tmp_path)
-    for text in ("mIoU, %", "r = 0.5", "r = 0.9", "ToSA", "random", "dense"):
+@pytest.fixture
+def installed(monkeypatch):
+    """The list of installed fonts, empty at first."""
+    paths = []
+    monkeypatch.setattr(fonts, "_found", {})
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: [*map(str, paths)])
+    return paths
+
+
+NAMES = ["猫", "$5_note$ 50%", "\\alpha", "d\u00e9j\u00e0 vu", "👩\u200d🚒", "two\nlines", "\udce9", "قطة"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_without_a_font_are_numbers(installed, tmp_path, caplog):
+    assert fonts.drawable(NAMES) == ["0", *NAMES[1:4], "4", "two lines", "\ufffd", "قطة"]
+    found = texts(lambda path: confusion_matrix(np.eye(8, dtype=int), NAMES, path), tmp_path)
+    assert {"0", "$5_note$ 50%", "\\alpha", "4", "two lines"} <= set(found)
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_by_any_installed_font_that_has_them(installed, tmp_path, caplog):
+    font_with("猫犬", tmp_path / "squares.ttf")
+    installed.append(tmp_path / "squares.ttf")
+    assert fonts.drawable(["猫", "a 犬", "นก"]) == ["猫", "a 犬", "2"]
+    confusion_matrix(np.eye(3, dtype=int), ["猫", "a 犬", "นก"], tmp_path / "matrix.png")
+    assert not caplog.records
+    picture = Image.new("RGB", (400, 10), (10, 120, 10))
+    drawn = np.asarray(annotate(picture, ["猫"], [0.0]))[10:, :200]
+    size = 13
+    ink = (drawn < 60).all(axis=2)
+    assert ink.sum() > 0.7 * (0.9 * size) ** 2  # the square of the font, where boxes would be hollow
+
+
+def test_any_metric_over_cost(tmp_path):
+    points = [
+        {"macs": macs, "ms": ms, "ratio": ratio, "miou": 40 + 9 * ratio}
+        for macs, ms, ratio in ((2e8, 5.0, 0.5), (4e8, 4.0, 0.9))
+    ]
+    dense = {"macs": 5e8, "ms": 3.0, "miou": 50.0}
+    options = {"key": "miou", "label": "mIoU, %", "subtitle": "on this host", "controls": {"random": points[:1]}}
+    found = texts(lambda path: metric_over_cost("ToSA", points, dense, path, **options), tmp_path)
+    assert found.count("r = 0.5") == found.count("r = 0.9") == 2  # over computation and over time
+    for text in ("time per image, ms", "attention ratio", "on this host", "random", "dense"):
         assert text in found
+    assert sum(text.startswith("mIoU, % (axis from ") for text in found) == 3
+    axes = []
+    drawn = style.figure
+
+    @contextmanager
+    def kept(*args):
+        with drawn(*args) as fig:
+            yield fig
+            axes.extend(fig.axes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "figure", kept)
+        metric_over_cost("ToSA", points, dense | {"miou": 4.0}, tmp_path / "zero.png", key="miou", label="mIoU, %")
+    assert [ax.get_xlim()[0] for ax in axes] == [ax.get_ylim()[0] for ax in axes] == [0, 0]
+    assert all(line.get_linestyle() == "None" for ax in axes for line in ax.lines)  # nothing between measured points
 
 
 def test_bars_are_as_long_as_their_probabilities():

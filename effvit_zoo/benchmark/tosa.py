@@ -40,9 +40,11 @@ from ..models import to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..pipelines.tosa import DENSE_MODEL, FINETUNE, SELECTORS, TOSA
 from ..report.rows import check_output, make_console, write_rows
+from ..tasks import Section
+from ..tasks import Table as ReportTable
 from ..training.config import load_run
 from ..training.run import prepare
-from ..viz.selection import metric_over_macs
+from ..viz.selection import metric_over_cost
 
 RATIOS_FIGURE = "ratios.png"
 
@@ -183,12 +185,10 @@ def measure_selectors(folder: Path, ratios: Sequence[float], console: Console) -
     _print_selectors(console, rows)
     compared = compare_ratios(folder, sorted({1.0, 0.0, *ratios}, reverse=True))
     print_ratios(console, compared)
-    by_ratio = {point["ratio"]: point for point in compared[1:]}
     controls: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["selector"] in CONTROLS and row["selector"] != "learned":
-            point = by_ratio[row["ratio"]] | {"top1": row[FINETUNE]}
-            controls.setdefault(row["selector"], []).append(point)
+            controls.setdefault(row["selector"], []).append({"ratio": row["ratio"], "top1": row[FINETUNE]})
     draw_ratios(folder, compared, controls)
     console.print(f"figure: {folder / RATIOS_FIGURE}")
     return rows
@@ -211,15 +211,31 @@ def conclude(folder: Path) -> None:
     draw_ratios(folder, rows)
     summary = run_folder.read_json(folder / run_folder.SUMMARY)
     run_folder.write_json(folder / run_folder.SUMMARY, summary | {"ratios": rows})
+    head = ("attention ratio", "top-1, %", "multiply-accumulates, millions", "ms per image")
+    table = ReportTable(head, [[row["name"], row["top1"], row["macs"] / 1e6, row["ms"]] for row in rows])
+    text = f"The finished model at several attention ratios, and the dense model. {_host()}."
+    TOSA.report(folder, sections=[Section("Accuracy against cost", text, RATIOS_FIGURE, table)])
 
 
 def draw_ratios(
     folder: Path, rows: Sequence[Mapping[str, Any]], controls: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
 ) -> None:
     """ratios.png of rows as `compare_ratios` gives them, the dense model first."""
-    metric_over_macs(
-        {"ToSA": rows[1:]}, rows[0], folder / RATIOS_FIGURE, key="top1", label="top-1, %", controls=controls
+    metric_over_cost(
+        "ToSA",
+        rows[1:],
+        rows[0],
+        folder / RATIOS_FIGURE,
+        key="top1",
+        label="top-1, %",
+        subtitle=f"r: attention ratio. {_host()}",
+        controls=controls,
     )
+
+
+def _host() -> str:
+    """Where and how time is measured, for figures."""
+    return f"Time of one image at a time on {processor_name()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> list[dict[str, Any]]:
@@ -257,7 +273,7 @@ def compare_ratios(folder: Path, ratios: Sequence[float], repeats: int = 20) -> 
 
 def print_ratios(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of `compare_ratios`'s rows."""
-    table = Table(title=f"dense ViT and ToSA, one image at a time on {processor_name()}")
+    table = Table(title=f"dense ViT and ToSA. {_host()}")
     for column in ("attention ratio", "top-1", "MMACs", "", "ms", ""):
         table.add_column(column, justify="right")
     dense = rows[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, positive
+from ..errors import UserError, positive, printable
 from ..report.rows import add_format_arguments, print_rows, print_table, shown
 from ._arguments import MODEL_HELP, add_device, check_device
 
@@ -43,43 +44,50 @@ def run(args: argparse.Namespace) -> None:
     from ..tasks import task_of
 
     device = check_device(args.device)
+    if device != "cpu":
+        print(f"computing on {device}", file=sys.stderr)
 
     def note(error: BadImage) -> None:
-        print(f"skipped: {error}", file=sys.stderr)
+        print(f"skipped: {printable(str(error))}", file=sys.stderr)
 
-    paths = [*_found(args.images, note)]
+    paths = _found(args.images, note)
     if not paths:
         raise UserError("there is no image to predict")
-    drawing = _Drawing(args.draw, args.images) if args.draw else None
+    drawing = _Drawing(args.draw, args.images, paths) if args.draw else None
     model = hub.load(args.model, pretrained=True)
     task = task_of(model)
-    rows: list[dict[str, Any]] = []
-    topk = max(args.topk, DRAWN_ROWS if drawing else 0)
-    options = {"batch_size": args.batch_size, "device": device, "on_bad": note}
-    for prediction in predict(model, paths, task=task, topk=topk, **options):
-        if drawing:
-            drawn = task.draw_prediction(open_image(prediction.image), prediction.rows[:DRAWN_ROWS])
-            drawn.save(drawing.target(prediction.image))
-        rows.extend({"image": str(prediction.image)} | row for row in prediction.rows[: args.topk])
-    if not rows:
+    for line in task.picture_notes() if drawing else ():
+        print(f"note: {line}", file=sys.stderr)
+    options = {"batch_size": args.batch_size, "device": device, "on_bad": note, "progress": sys.stderr.isatty()}
+    found = predict(model, paths, task=task, topk=max(args.topk, DRAWN_ROWS if drawing else 0), **options)
+    if not found:
         raise UserError(f"none of the {len(paths)} images could be read")
+    read = [(one.image, one.rows) for one in found if one.image is not None]
+    if drawing is not None:
+        for image, best in read:
+            task.draw_prediction(open_image(image), best[:DRAWN_ROWS]).save(drawing.target(image))
     if args.show_tokens:
-        _show_tokens(model, [*dict.fromkeys(row["image"] for row in rows)], args.draw or Path())
+        tokens = _Drawing(args.draw or Path(), args.images, paths, ".tokens.png")
+        _show_tokens(model, [image for image, _ in read], tokens)
+    rows = [{"image": str(image)} | row for image, best in read for row in best[: args.topk]]
     if args.json or args.csv:
         print_rows(_per_image(rows) if args.json else rows, args.json, args.output)
     else:
         _print(rows, args.output)
 
 
-def _found(given: Sequence[str], note: Any) -> Iterator[Path]:
-    """Image files that the arguments name; what can't be found is noted."""
+def _found(given: Sequence[str], note: Callable[[Any], None]) -> list[Path]:
+    """Image files that the arguments name, each once; what can't be found is noted."""
     from ..data import BadImage, find_images
 
+    found: dict[str, Path] = {}
     for path in given:
         try:
-            yield from find_images([path], lambda line: print(line, file=sys.stderr))
+            for image in find_images([path], lambda line: print(line, file=sys.stderr)):
+                found.setdefault(os.path.abspath(image), image)
         except BadImage as error:
             note(error)
+    return [*found.values()]
 
 
 def _print(rows: Sequence[Mapping[str, Any]], output: Path | None) -> None:
@@ -89,7 +97,7 @@ def _print(rows: Sequence[Mapping[str, Any]], output: Path | None) -> None:
     keys = [*numbers, *(key for key in keys if key not in numbers)]
     table, last = [], None
     for row in rows:
-        image = "" if row["image"] == last else row["image"]
+        image = "" if row["image"] == last else printable(row["image"])
         last = row["image"]
         table.append([image, *(f"{100 * row[key]:.1f} %" if key == "probability" else shown(row[key]) for key in keys)])
     head = ["image", *(TITLES.get(key, key.replace("_", " ")) for key in keys)]
@@ -106,39 +114,38 @@ def _per_image(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"image": image, kind: entries} for image, entries in images.items()]
 
 
-def _show_tokens(model: Any, images: Sequence[str], folder: Path) -> None:
+def _show_tokens(model: Any, images: Sequence[Path], drawing: _Drawing) -> None:
     from ..evaluation.prediction import token_maps
     from ..viz.selection import selected_tokens
 
     model = model.to("cpu")
-    folder.mkdir(parents=True, exist_ok=True)
     for image in images:
-        seen, layers = token_maps(model, Path(image))
-        target = folder / f"{Path(image).stem}.tokens.png"
-        title = f"Input of the ToSA layers: {Path(image).name}"
+        seen, layers = token_maps(model, image)
+        target = drawing.target(image)
+        title = f"Input of the ToSA layers: {printable(image.name)}"
         ratio = f"attention ratio {model.attention_ratio:g}, chosen by its selectors"
         selected_tokens(seen, layers, title, ratio, target)
-        print(f"tokens: {target}", file=sys.stderr)
+        print(f"tokens: {printable(str(target))}", file=sys.stderr)
 
 
 class _Drawing:
-    """A folder for drawn images; images from a searched folder keep their place below it."""
+    """A folder for drawn images; images from a searched folder keep their place below it. No image that was given is overwritten."""
 
-    def __init__(self, folder: Path, given: Sequence[str]) -> None:
+    def __init__(self, folder: Path, given: Sequence[str], images: Sequence[Path], suffix: str = ".png") -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--draw {folder} is a file, expected a folder or nothing")
-        self.folder = folder
+        self.folder, self.suffix = folder, suffix
         self.roots = [Path(path) for path in given if Path(path).is_dir()]
-        self.taken: set[Path] = set()
+        self.taken = {os.path.realpath(image) for image in images}
 
     def target(self, image: Path) -> Path:
         """A PNG file of the image's name that no other image of this call has. Its folder is made."""
         root = next((root for root in self.roots if image.is_relative_to(root)), image.parent)
         target = self.folder / image.relative_to(root)
-        number, candidate = 1, target.with_suffix(".png")
-        while candidate in self.taken:
+        number, candidate = 1, target.with_name(f"{target.stem}{self.suffix}")
+        while os.path.realpath(candidate) in self.taken:
             number += 1
-            candidate = target.with_name(f"{target.stem}-{number}.png")
-        self.taken.add(candidate)
+            candidate = target.with_name(f"{target.stem}-{number}{self.suffix}")
+        self.taken.add(os.path.realpath(candidate))
         candidate.parent.mkdir(parents=True, exist_ok=True)
         return candidate

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, positive
-from ..report.rows import check_output, print_table, shown, write_rows
+from ..report.rows import check_output, figures, print_table, shown, write_rows
 from ..run_folder import EXTRA_KEY, VALIDATION, read_json, run_of, write_json
-from ._arguments import MODEL_HELP
+from ._arguments import MODEL_HELP, add_device, check_device
 
 if TYPE_CHECKING:
     from ..evaluation.compare import Candidate
     from ..tasks import Metric
 
 HELP = "measure a model's accuracy and speed on a data set"
+RANDOM = "random"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         nargs="+",
-        help=f"{MODEL_HELP}, or a file .onnx, .xml or .pte; several are measured in turn",
+        help=f"{MODEL_HELP}, or a file .onnx, .xml or .pte; several are measured in turn on the same images",
     )
     parser.add_argument(
         "--like", metavar="MODEL", help="model that supplies preprocessing and labels of an exported file"
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         default="auto",
-        help="split of the data (default: auto, what the model was validated on if it was trained on this data, else val, test or all)",
+        help="split of the data (default: auto, what the models were validated on if one was trained on this data, else val, test or all)",
     )
     parser.add_argument(
         "--img-size", type=positive, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: one per core, at most 8)")
+    add_device(parser)
     parser.add_argument("--results-file", type=Path, metavar="FILE", help="write results to FILE.json or FILE.csv")
 
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.compare import Options, validate
 
     _check(args)
+    device = check_device(args.device)
     failed: list[str] = []
 
     def skip(name: str, error: UserError) -> None:
@@ -70,14 +73,16 @@ def run(args: argparse.Namespace) -> None:
             candidates.append(_candidate(name, args.like, args.pretrained))
         except UserError as error:
             skip(name, error)
-    options = Options(args.split, args.crop_pct, args.batch_size, args.workers)
+    for candidate in candidates:
+        if candidate.weights == RANDOM:
+            print(f"{candidate.name} has random weights: {_published(candidate.name)}", file=sys.stderr)
+    options = Options(args.split, args.crop_pct, args.batch_size, args.workers, device)
     rows = validate(candidates, args.data, options, args.img_size or (None,), on_failure=skip)
     if not rows:
         raise UserError(f"none of the {len(args.model)} models could be measured")
     if len(rows) == 1:
-        _print_one(rows[0])
-    else:
-        _print_summary(rows)
+        _print_tables(rows[0])
+    _print_summary(rows)
     for row in rows:
         _record(row)
     if args.results_file and args.results_file.suffix == ".json":
@@ -112,13 +117,24 @@ def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:
     from .. import hub
     from ..evaluation.compare import Candidate
     from ..export import target_of
-    from ..export.deployed import load_exported
+    from ..export.deployed import config_of, load_exported
 
     if target_of(name) is not None:
-        return Candidate(name, partial(load_exported, name, like, torch.get_num_threads()))
+        record = config_of(Path(name), like).get(EXTRA_KEY) if Path(name).is_file() else None
+        return Candidate(name, partial(load_exported, name, like, torch.get_num_threads()), record or {})
     trained = hub.brings_weights(name)
-    record = hub.read_config(name).get(EXTRA_KEY, {}) if trained else {}
-    return Candidate(name, partial(hub.load, name, pretrained=pretrained or trained), record)
+    record = hub.read_config(name).get(EXTRA_KEY) if trained else None
+    weights = "trained" if pretrained or trained else RANDOM
+    return Candidate(name, partial(hub.load, name, pretrained=pretrained or trained), record or {}, weights)
+
+
+def _published(name: str) -> str:
+    """What to do about random weights."""
+    from timm.models import get_arch_pretrained_cfgs, split_model_name_tag
+
+    known = get_arch_pretrained_cfgs(split_model_name_tag(name)[0]).values()
+    has_weights = any(cfg.has_weights for cfg in known)
+    return "--pretrained takes the published ones" if has_weights else "none are published, its results say nothing"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -128,33 +144,51 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--crop-pct must lie in (0, 1], got {args.crop_pct}")
 
 
-def _print_one(row: Mapping[str, Any]) -> None:
-    """A model's sections, and its metrics below them."""
-    print(f"{row['model']} on {row['data']} ({row['split']}), {shown(row['input_size'][1:])} pixels\n")
+def _print_tables(row: Mapping[str, Any]) -> None:
+    """The sections of a model's results."""
     for table in row["tables"]:
         if table["title"]:
             print(table["title"])
         numbers = [index for index, cell in enumerate(table["rows"][0]) if isinstance(cell, int | float)]
         print_table(table["head"], [[*map(shown, cells)] for cells in table["rows"]], right=numbers)
         print()
-    metrics = ", ".join(f"{metric.title} {metric.show(row[name])}" for name, metric in _metrics([row]).items())
-    skipped = f", {row['bad_files']} unreadable files skipped" if row["bad_files"] else ""
-    print(f"{metrics} on {row['images']} images, {row['images_per_second']:.0f} images/s{skipped}")
 
 
 def _print_summary(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line for each model and size."""
-    metrics = _metrics(rows)
-    head = ["model", "data", "split", "images", "input", *(_head(metric) for metric in metrics.values()), "images/s"]
-    cells = [
-        [
-            *(row["model"], row["data"], row["split"], shown(row["images"]), shown(row["input_size"][1:])),
-            *(f"{row[name]:.{metric.digits}f}" if name in row else "-" for name, metric in metrics.items()),
-            f"{row['images_per_second']:.0f}",
-        ]
-        for row in rows
+    """What was measured, and a line for each model and size."""
+    row = rows[0]
+    names = f", names {row['fingerprint'][:8]}" if row["fingerprint"] else ""
+    skipped = f", {row['bad_files']} unreadable files skipped" if row["bad_files"] else ""
+    devices = ", ".join(dict.fromkeys(one["device"] for one in rows))
+    print(f"{row['data']} ({row['split']}): {row['images']:,} images{names}{skipped}, on {devices}")
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [("model", lambda row: row["model"])]
+    for name, metric in _metrics(rows).items():
+        columns.append((_head(metric), partial(_cell, name, f".{metric.digits}f")))
+        if any(f"{name}_interval" in row for row in rows):
+            columns.append(("95 % interval", partial(_interval, name)))
+    columns += [
+        ("params, M", lambda row: "-" if row["params"] is None else figures(row["params"] / 1e6)),
+        ("images", lambda row: shown(row["images"])),
+        ("input", lambda row: shown(row["input_size"][1:])),
+        ("images/s", lambda row: f"{row['images_per_second']:.0f}"),
+        ("split", lambda row: row["split"]),
+        ("names", lambda row: row["fingerprint"][:8] or "-"),
     ]
-    print_table(head, cells, right=(3, *range(5, len(head))))
+    if any(row["weights"] == RANDOM for row in rows):
+        columns.append(("weights", lambda row: row["weights"]))
+    head = [title for title, _ in columns]
+    left = {"model", "split", "names", "weights"}
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    print_table(head, cells, right=[index for index, title in enumerate(head) if title not in left])
+
+
+def _cell(name: str, form: str, row: Mapping[str, Any]) -> str:
+    return format(row[name], form) if name in row else "-"
+
+
+def _interval(name: str, row: Mapping[str, Any]) -> str:
+    ends = row.get(f"{name}_interval")
+    return "-" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}"
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:

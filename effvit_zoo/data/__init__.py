@@ -14,6 +14,8 @@ from .feed import make_feed as make_feed
 from .feed import validation_batches as validation_batches
 from .images import MODES as MODES
 from .images import BadImage as BadImage
+from .images import decode as decode
+from .images import decoding as decoding
 from .images import find_images as find_images
 from .images import open_image as open_image
 from .loader import Batch as Batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,14 @@ class Measured:
         split: Name of the split; "held-out part", of an undivided folder; or "all".
         fingerprint: Digest of the samples' relative names, "" for a stream.
         images: Number of images, None where a stream doesn't know it.
+        is_recorded: Whether it is what the record's training was validated on, because the record knows the data.
     """
 
     source: AnySource
     split: str
     fingerprint: str
     images: int | None
+    is_recorded: bool = False
 
 
 def open_measured(
@@ -69,17 +71,27 @@ def open_measured(
     labels = labels or recorded
     candidate = _Candidate(Root.find(root, img_mode, download, kinds, labels), class_map)
     source: Any
-    source, shown = candidate.find(record, kinds) if candidate.is_automatic(split, record) else (None, "")
+    is_automatic = candidate.is_automatic(split, record)
+    source, shown, is_recorded = candidate.find(record, kinds) if is_automatic else _Found(None, "")
     if split != "auto" and shown != HELD_OUT:
         fraction, seed = record.get("val_fraction", val_fraction), record.get("split_seed", split_seed)
         options: dict[str, Any] = {"class_map": class_map, "download": download, "img_mode": img_mode, "kinds": kinds}
         options["labels"] = labels
-        source, shown = open_source(root, split, val_fraction=fraction, split_seed=seed, **options), split
+        source = open_source(root, split, val_fraction=fraction, split_seed=seed, **options)
+        shown, is_recorded = split, False
     if recorded:
         source = source.with_notes(f"{root} is read by the table {recorded}, as in training")
     if isinstance(source, StreamSource):
-        return Measured(source, shown, "", source.num_samples)
-    return Measured(source, shown, names_digest(name_hashes(source)), len(source))
+        return Measured(source, shown, "", source.num_samples, is_recorded)
+    return Measured(source, shown, names_digest(name_hashes(source)), len(source), is_recorded)
+
+
+class _Found(NamedTuple):
+    """Samples, what they are called, and `Measured.is_recorded`."""
+
+    source: Any
+    split: str
+    is_recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class _Candidate:
         is_part = "held_out" in record and find_split(split, VAL[:1]) and self.root.choose(split) is None
         return split == "auto" or bool(is_part)
 
-    def find(self, record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> tuple[Any, str]:
+    def find(self, record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> _Found:
         """The samples to measure, and the name of what they are."""
         if not record:
             return self._own()
@@ -109,21 +121,21 @@ class _Candidate:
             return self._recorded(record) if is_same else self._own()
         return self._by_threshold(record) if "held_out" in record else self._by_split(record)
 
-    def _own(self) -> tuple[Any, str]:
+    def _own(self) -> _Found:
         """Val, else test, else everything."""
         name = self.root.choose("auto")
         if name is None and not self.root.is_folder:
             raise unnamed_split(self.root)
-        return self._open(name), name or ALL
+        return _Found(self._open(name), name or ALL)
 
     def _open(self, name: str | None) -> Any:
         return open_labelled(self.root, name, self.class_map)
 
-    def _recorded(self, record: Mapping[str, Any]) -> tuple[Any, str]:
+    def _recorded(self, record: Mapping[str, Any]) -> _Found:
         """The recorded validation split or held-out part of data that is known to be the training's."""
         if "held_out" in record:
-            return self._held_out(self._open(record["train_split"]), record), HELD_OUT
-        return self._open(record["val_split"]), record["val_split"]
+            return _Found(self._held_out(self._open(record["train_split"]), record), HELD_OUT, is_recorded=True)
+        return _Found(self._open(record["val_split"]), record["val_split"], is_recorded=True)
 
     def _held_out(self, source: Source, record: Mapping[str, Any]) -> Source:
         rows = held_out_rows(source, record)
@@ -139,35 +151,35 @@ class _Candidate:
             raise UserError(f"{source.title} has none of the images that training held out: choose by {self._option()}")
         return part
 
-    def _by_threshold(self, record: Mapping[str, Any]) -> tuple[Any, str]:
+    def _by_threshold(self, record: Mapping[str, Any]) -> _Found:
         """For a training that held out a part of its images."""
         trained = find_split(record["train_split"], self.root.splits) if record["train_split"] else None
         name = trained or self.root.choose("auto")
         if name == trained:
             source = self._open(name)
             if record.get("path") == self.root.path or is_named_alike(record, name_hashes(source)):
-                return self._held_out(source, record), HELD_OUT
+                return _Found(self._held_out(source, record), HELD_OUT, is_recorded=True)
         return self._unlike_training(record)
 
-    def _by_split(self, record: Mapping[str, Any]) -> tuple[Any, str]:
+    def _by_split(self, record: Mapping[str, Any]) -> _Found:
         """For a training with a validation split of its own."""
         name = find_split(record["val_split"], self.root.splits)
         if name is not None:
             source = self._open(name)
             if record.get("path") == self.root.path or is_named_alike(record, name_hashes(source)):
-                return source, name
+                return _Found(source, name, is_recorded=True)
         return self._unlike_training(record)
 
-    def _unlike_training(self, record: Mapping[str, Any]) -> tuple[Any, str]:
+    def _unlike_training(self, record: Mapping[str, Any]) -> _Found:
         """The data's own split or all of it. Raises `UserError` where it has names of training images."""
-        source, shown = self._own()
+        source, shown, _ = found = self._own()
         path = os.path.join(self.root.path or "", "" if shown == ALL else shown).rstrip(os.sep)
         recorded = record.get("path") or ""
         if "held_out" not in record:
             names = names_digest(name_hashes(source))
             is_validation = names == record["val"]["names"] != record["train"]["names"]
             if is_validation or path == os.path.join(recorded, record["val_split"]):
-                return source, shown
+                return found
         trained = os.path.join(recorded, record["train_split"] or "").rstrip(os.sep)
         inside = os.path.relpath(path, trained).replace(os.sep, "/") if path.startswith(trained + os.sep) else ""
         count = training_images(record, source, inside if recorded else "")
@@ -178,9 +190,9 @@ class _Candidate:
                 f"about {count} of the {len(source)} images in {source.title} have names of images that the model was trained on: "
                 f"choose what to measure by {self._option()}"
             )
-        return source, shown
+        return found
 
-    def _by_seed(self, trained: Request, record: Mapping[str, Any]) -> tuple[Any, str]:
+    def _by_seed(self, trained: Request, record: Mapping[str, Any]) -> _Found:
         """For the record of an earlier version, which has no more than root, seed and fraction."""
         request, path = self.root.request, self.root.path
         if self.root.choose("auto") is not None:
@@ -189,7 +201,8 @@ class _Candidate:
             source = self._open(self.root.choose("train"))
             if not isinstance(source, StreamSource):
                 ranked_by = "stored name" if source.ranked_by_name else "index"
-                return hold_out(source, record["val_fraction"], record["split_seed"], ranked_by)[1], HELD_OUT
+                part = hold_out(source, record["val_fraction"], record["split_seed"], ranked_by)[1]
+                return _Found(part, HELD_OUT, is_recorded=True)
         if self.root.is_folder and _last(trained.name) in (".", "..", _last(request.name), _last(path or "")):
             raise UserError(
                 f"whether {request.root} is the folder {trained.root} that the model was trained on is not known: "

@@ -1,12 +1,14 @@
-"""Validation of models, sizes and opened files on data sets, as rows of results."""
+"""Validation of models, sizes and opened files on data sets, as rows of results. All rows are of the same images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 from tqdm import tqdm
@@ -23,8 +25,9 @@ from ..data import (
 from ..errors import UserError, one_line
 from ..measure import cost
 from ..measure.host import environment
-from ..tasks import Task, task_of
-from .loop import evaluate
+from ..tasks import TASKS, Task, recorded_kind, task_of
+from .device import pick_device
+from .loop import Alone, evaluate
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class Candidate:
         name: Name in the results.
         build: Makes the model, anew for every input size: position tables that were resized once are not what they were.
         record: What the model folder recorded of its training (`EXTRA_KEY` of its config.json).
+        weights: Where the weights come from, for the results: "trained" or "random".
     """
 
     name: str
     build: Callable[[], Any]
     record: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = "trained"
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,18 @@ class Options:
     """What validation is told beyond models and data.
 
     Attributes:
-        split: Name of a split, "all", or "auto": what the model was validated on in training, if it was trained on this data.
+        split: Name of a split, "all", or "auto": what the models were validated on in training, if one was trained on this data.
         crop_pct: Share of the resized image that is evaluated; None for the model's.
         batch_size: Images per forward pass.
         num_workers: Loader processes; None for one per core, at most 8.
+        device: Where to compute; None for a GPU where there is one. Exported files compute on the CPU.
     """
 
     split: str = "auto"
     crop_pct: float | None = None
     batch_size: int = 128
     num_workers: int | None = None
+    device: str | None = None
 
 
 def validate(
@@ -66,7 +73,9 @@ def validate(
     img_sizes: Sequence[int | None] = (None,),
     on_failure: Callable[[str, UserError], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row of results per model and input size, in order.
+    """A row of results per model and input size, in order, all of the same images.
+
+    Where training held images of this data out, or had a validation split, all models are measured on these.
 
     Args:
         candidates: Models.
@@ -77,56 +86,117 @@ def validate(
 
     Returns:
         Rows: model, data, split, fingerprint, input_size, crop_pct, images, bad_files, the task's metrics, loss,
-        images_per_second, params and macs (None for files), tables (title, head, rows), and the environment.
+        images_per_second, params and macs (None for files), weights, device, tables (title, head, rows), and the environment.
 
     Raises:
-        UserError: As described in one line.
+        UserError: As described in one line; also where the models can't be measured on the same images, e.g. because two held
+            different ones out.
     """
-    rows = []
+    options, config = options or Options(), DataConfig(root=data)
+    opened: list[tuple[Candidate, Measured]] = []
     for candidate in candidates:
-        try:
+        with _reported(candidate.name, on_failure):
+            opened.append((candidate, _open(candidate, config, options.split, record_of(candidate.record))))
+    deciding = _deciding(opened)
+    for note in dict.fromkeys(note for _, measured in opened for note in measured.source.notes):
+        tqdm.write(note)
+    rows: list[dict[str, Any]] = []
+    for candidate, _ in opened:
+        with _reported(candidate.name, on_failure):
             for size in img_sizes:
-                rows.append(validate_one(candidate, data, options or Options(), size))
-        except UserError as error:
-            if on_failure is None:
-                raise
-            on_failure(candidate.name, error)
+                record = record_of((deciding or candidate).record)
+                rows.append(_row(candidate, config, options, record, size))
+    _require_same_images(rows)
     return rows
 
 
-def validate_one(candidate: Candidate, data: str, options: Options, img_size: int | None = None) -> dict[str, Any]:
+@contextmanager
+def _reported(name: str, on_failure: Callable[[str, UserError], None] | None) -> Iterator[None]:
+    """Gives a `UserError` of the block to `on_failure`, where there is one."""
+    try:
+        yield
+    except UserError as error:
+        if on_failure is None:
+            raise
+        on_failure(name, error)
+
+
+def _open(
+    candidate: Candidate, config: DataConfig, split: str, record: Mapping[str, Any] | None, channels: int = 3
+) -> Measured:
+    return TASKS[recorded_kind(candidate.record)].open_measured(config, split, record, MODES[channels])
+
+
+def _deciding(opened: Sequence[tuple[Candidate, Measured]]) -> Candidate | None:
+    """The model whose training decides what all are measured on; None where each finds the same. Raises `UserError`."""
+    found: dict[Any, tuple[Candidate, Measured]] = {}
+    for candidate, measured in opened:
+        key = measured.fingerprint or measured.split
+        if key not in found or measured.is_recorded:
+            found[key] = candidate, measured
+    if len(found) < 2:
+        return None
+    recorded = [pair for pair in found.values() if pair[1].is_recorded]
+    if len(recorded) == 1:
+        return recorded[0][0]
+    (one, first), (other, second) = (recorded or [*found.values()])[:2]
+    raise UserError(
+        f"the models can't be measured on the same images: for {one.name} they are the {_described(first)}, for {other.name} the "
+        f"{_described(second)}; choose for all by --split, e.g. --split all, or measure the models one by one"
+    )
+
+
+def _described(measured: Measured) -> str:
+    count = "" if measured.images is None else f" {measured.images} images of"
+    return f"{count} {measured.split!r}".strip() + f" ({measured.fingerprint[:8]})" * bool(measured.fingerprint)
+
+
+def _require_same_images(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `UserError` where a model was measured on fewer images than another one."""
+    counts = {(row["fingerprint"], row["images"]): row for row in rows}
+    if len(counts) > 1:
+        said = (f"{row['images']} ({row['bad_files']} unreadable) by {row['model']}" for row in counts.values())
+        raise UserError(f"the models were not measured on the same images: {', '.join(said)}; did the data change?")
+
+
+def _row(
+    candidate: Candidate, config: DataConfig, options: Options, record: Mapping[str, Any] | None, img_size: int | None
+) -> dict[str, Any]:
     """The row of one model at one input size. Raises `UserError`."""
     model = candidate.build()
     task = task_of(model)
     channels = model.pretrained_cfg["input_size"][0]
     if channels not in MODES:
         raise UserError(f"{candidate.name} takes {channels} channels, images have 3 (RGB) or 1 (grey)")
-    config = DataConfig(root=data)
-    measured = task.open_measured(config, options.split, record_of(candidate.record), MODES[channels])
-    for line in measured.source.notes:
-        tqdm.write(line)
+    measured = _open(candidate, config, options.split, record, channels)
     data_config = _resized(candidate, model, options, img_size)
+    counted = any(True for _ in model.parameters())
+    device = pick_device(options.device if counted else "cpu")
     bad: dict[str, str] = {}
     try:
-        result = _measure(model, task, measured, data_config, options, bad)
+        result = _measure(model, task, measured, data_config, options, device, bad)
     except (RuntimeError, ValueError, AssertionError) as error:
         if img_size is None or isinstance(error, UserError):
             raise
         raise UserError(f"{candidate.name} can't take images of {img_size} pixels: {one_line(error)}") from error
-    counted = any(True for _ in model.parameters())
+    if not math.isfinite(result.metrics["loss"]):
+        raise UserError(f"{candidate.name} gives outputs that are not numbers: its weights are damaged")
     return {
         "model": candidate.name,
-        "data": data,
+        "data": config.root,
         "split": measured.split,
         "fingerprint": measured.fingerprint,
         "input_size": list(data_config["input_size"]),
         "crop_pct": data_config["crop_pct"],
         "images": result.images,
         "bad_files": len(bad),
-        **result.metrics,
+        **{name: result.metrics[name] for name in (*task.metrics, "loss")},
+        **task.intervals(result.metrics, result.images),
         "images_per_second": result.images_per_second,
         "params": cost.count_params(model) if counted else None,
-        "macs": cost.count_macs(model, data_config["input_size"]) if counted else None,
+        "macs": cost.count_macs(model.cpu(), data_config["input_size"]) if counted else None,
+        "weights": candidate.weights,
+        "device": str(device),
         "tables": [
             {"title": section.title, **asdict(section.table)}
             for section in task.sections(result.details, lambda index: None, None)
@@ -156,11 +226,11 @@ def _measure(
     measured: Measured,
     data_config: Mapping[str, Any],
     options: Options,
+    device: torch.device,
     bad: dict[str, str],
 ) -> Any:
     source = task.align(measured.source)
     transforms = task.transforms(data_config)
-    accelerator = Accelerator(cpu=next(model.parameters(), None) is None)
     loader = validation_batches(source, transforms.val, options.batch_size, worker_count(options.num_workers, 1))
     total = None if isinstance(source, StreamSource) else -(-len(source) // options.batch_size)
 
@@ -170,4 +240,4 @@ def _measure(
             tqdm.write(f"skipped {name}: {reason}")
 
     batches = tqdm(loader, total=total, unit="batch", leave=False)
-    return evaluate(model.to(accelerator.device), batches, task.evaluator(accelerator.device), accelerator, note)
+    return evaluate(model.to(device), batches, task.evaluator(device), Alone(device), note)

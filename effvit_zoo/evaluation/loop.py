@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +19,28 @@ from ..tasks.contract import Evaluation, Evaluator
 OnBad = Callable[[Sequence[tuple[str, str]]], None]
 
 
+@dataclass(frozen=True)
+class Alone:
+    """One process, with what `evaluate` needs of an `Accelerator`, whose device can't change once a process has made one."""
+
+    device: torch.device
+    num_processes: int = 1
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     evaluator: Evaluator,
-    accelerator: Accelerator,
+    accelerator: Accelerator | Alone,
     on_bad: OnBad,
     *,
     channels_last: bool = False,
@@ -61,7 +79,7 @@ def evaluate(
     return replace(evaluator.result(totals, rows), seconds=time.perf_counter() - start)
 
 
-def _lockstep(batches: Iterable[Batch], accelerator: Accelerator, on_bad: OnBad) -> Iterator[Batch]:
+def _lockstep(batches: Iterable[Batch], accelerator: Accelerator | Alone, on_bad: OnBad) -> Iterator[Batch]:
     """The batches; an image of zeros without a target where this process has no image while another one has."""
     iterator = iter(batches)
     while True:

@@ -1,7 +1,8 @@
-"""Prediction on image files: preprocessing, batches and output as the model's own config and task have them."""
+"""Prediction on images: preprocessing, batches and output as the model's own config and task have them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +16,20 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ..data import MODES, BadImage, open_image, validation_transform
+from .. import hub
+from ..data import MODES, BadImage, decode, decoding, find_images, open_image, validation_transform
 from ..errors import UserError
 from ..models.tosa_vit import ToSAViT
 from ..tasks import Task, task_of
+from .device import pick_device
 
 READERS = 4  # decoding threads; Pillow releases the interpreter lock
+PATIENCE = 5.0  # seconds after which progress is shown
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+"""What `predict` takes for an image, or for a folder or a batch of them."""
 
 
 @dataclass(frozen=True)
@@ -29,51 +37,76 @@ class Prediction:
     """What a model says about one image.
 
     Attributes:
-        image: The file.
+        image: The file; None for an image that was given otherwise.
         rows: The task's rows, best first, e.g. rank, label, index and probability of a class.
     """
 
-    image: Path
+    image: Path | None
     rows: list[dict[str, Any]]
 
 
 def predict(
-    model: nn.Module,
-    paths: Iterable[Path],
+    model: nn.Module | str | Path,
+    images: Picture | Iterable[Picture],
     *,
-    task: Task | None = None,
     topk: int = 5,
+    task: Task | None = None,
     batch_size: int = 16,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     on_bad: Callable[[BadImage], None] | None = None,
-) -> Iterator[Prediction]:
-    """Runs a model on image files, in order.
+    progress: bool = False,
+) -> list[Prediction]:
+    """Runs a model on images: files are decoded as in training, validation and `effzoo predict`.
 
     Args:
-        model: A timm model or a deployed one; it is moved to the device and put into eval mode.
-        paths: Image files.
-        task: The model's task. None: the recorded one, else classification.
+        model: A timm model, a deployed one, or what `effvit_zoo.hub.load` takes: a name (its published weights are used), a model
+            folder or run folder, `hf-hub:USER/NAME`. A module is moved to the device and put into eval mode.
+        images: One or several of: an image file, a folder of them, a PIL image, an array (H, W[, C]) or tensor ([C, ]H, W), or a
+            batch of these with another axis in front. Arrays and tensors are of uint8, of uint16, or of floats from 0 to 1; what
+            has been prepared for the model already is for the model itself.
         topk: Largest number of rows per image.
+        task: The model's task. None: the recorded one, else classification.
         batch_size: Images per forward pass.
-        device: Device to compute on.
-        on_bad: Called with the error of each unreadable file, which is then skipped; None raises it.
+        device: Device to compute on; None for a GPU where there is one. Deployed models compute on the CPU.
+        on_bad: Called with the error of each unreadable image, which is then left out; None raises it.
+        progress: Show a bar if it takes more than five seconds.
+
+    Returns:
+        The predictions, in the order of the images.
 
     Raises:
-        UserError: The model can't do its task (e.g. it has no classifier), or a number is out of range.
-        BadImage: An unreadable file, where there is no `on_bad`.
+        UserError: The model can't be loaded or can't do its task (e.g. it has no classifier), or a number is out of range.
+        BadImage: An unreadable image, where there is no `on_bad`.
     """
-    task = task or task_of(model)
     if topk < 1:
         raise UserError(f"topk must be at least 1, got {topk}")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    read = partial(_read, *preprocessing(model))
-    model = model.to(device).eval()
-    remaining = iter(paths)
+    net: Any = model if isinstance(model, nn.Module) else hub.load(model, pretrained=True)
+    task = task or task_of(net)
+    place = pick_device("cpu" if device is None and next(net.parameters(), None) is None else device)
+    net = net.to(place).eval()
+    listed = tqdm([*_listed(images, on_bad)], unit="image", leave=False, delay=PATIENCE, disable=not progress)
+    found: list[Prediction] = []
+    for paths, batch in _batches(listed, partial(_read, *preprocessing(net)), batch_size, on_bad):
+        with torch.inference_mode():
+            output = net(batch.to(place))
+        found += map(Prediction, paths, task.predict(output, topk))
+    return found
+
+
+def _batches(
+    items: Iterable[tuple[Path | None, Any]],
+    read: Callable[[tuple[Path | None, Any]], Tensor | BadImage],
+    batch_size: int,
+    on_bad: Callable[[BadImage], None] | None,
+) -> Iterator[tuple[list[Path | None], Tensor]]:
+    """Files and prepared images (B, C, H, W) of those that are readable."""
+    remaining = iter(items)
     with ThreadPoolExecutor(READERS) as readers:
         while batch := list(islice(remaining, batch_size)):
-            good: list[tuple[Path, Tensor]] = []
-            for path, result in zip(batch, readers.map(read, batch), strict=True):
+            good: list[tuple[Path | None, Tensor]] = []
+            for (path, _), result in zip(batch, readers.map(read, batch), strict=True):
                 if isinstance(result, Tensor):
                     good.append((path, result))
                 elif on_bad is None:
@@ -81,17 +114,47 @@ def predict(
                 else:
                     on_bad(result)
             if good:
-                with torch.inference_mode():
-                    output = model(torch.stack([image for _, image in good]).to(device))
-                for (path, _), rows in zip(good, task.predict(output, topk), strict=True):
-                    yield Prediction(path, rows)
+                yield [path for path, _ in good], torch.stack([image for _, image in good])
 
 
-def _read(transform: Callable[[Image.Image], Tensor], mode: str, path: Path) -> Tensor | BadImage:
+def _listed(images: Any, on_bad: Callable[[BadImage], None] | None) -> Iterator[tuple[Path | None, Any]]:
+    """Each image with its file, None for one that is not a file; folders are searched and batches taken apart."""
+    if isinstance(images, str | os.PathLike):
+        try:
+            yield from ((path, path) for path in find_images([Path(images)]))
+        except BadImage as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+    elif isinstance(images, Image.Image):
+        yield None, images
+    elif isinstance(images, np.ndarray | Tensor):
+        yield from ((None, image) for image in (images if images.ndim == 4 else [images]))
+    elif isinstance(images, Iterable):
+        for image in images:
+            yield from _listed(image, on_bad)
+    else:
+        raise UserError(f"expected images, e.g. paths, PIL images or arrays, got {type(images).__name__}")
+
+
+def _read(transform: Callable[[Image.Image], Tensor], mode: str, item: tuple[Path | None, Any]) -> Tensor | BadImage:
+    path, image = item
     try:
-        return transform(open_image(path, mode=mode))
+        if path is not None:
+            return transform(open_image(path, mode=mode))
+        with decoding(f"given as {type(image).__name__}"):
+            return transform(decode(_channels_last(image) if isinstance(image, Tensor) else image, mode))
     except BadImage as error:
         return error
+
+
+def _channels_last(image: Tensor) -> np.ndarray:
+    """A tensor (C, H, W) or (H, W) as an array. Raises `ValueError`."""
+    if image.ndim == 3 and image.shape[0] not in (1, 3, 4):
+        raise ValueError(f"expected a tensor (C, H, W) of 1, 3 or 4 channels, got {tuple(image.shape)}")
+    image = image.detach().cpu()
+    image = image.float() if image.is_floating_point() else image
+    return (image.permute(1, 2, 0) if image.ndim == 3 else image).numpy()
 
 
 def preprocessing(model: nn.Module) -> tuple[Callable[[Image.Image], Tensor], str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line, unknown_choice
-from ..run_folder import MODEL_CONFIG
+from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG
 from . import TARGETS, target_of
 from .contract import Runner
 
@@ -36,6 +36,7 @@ class Deployed(nn.Module):
         self.shape = shape
         self.pretrained_cfg = dict(pretrained_cfg)
         self.num_classes: int = self.pretrained_cfg["num_classes"]
+        self.effvit_zoo_record: Mapping[str, Any] = {}
         self.eval()
 
     @torch.inference_mode()
@@ -75,7 +76,7 @@ class Deployed(nn.Module):
 
 
 def load_exported(name: str, like: str | None = None, threads: int = 1) -> Deployed:
-    """An exported file with the preprocessing and labels of the model folder that it lies in.
+    """An exported file with the preprocessing, labels and record of the model folder or run folder that it lies in.
 
     Args:
         name: The file.
@@ -90,7 +91,7 @@ def load_exported(name: str, like: str | None = None, threads: int = 1) -> Deplo
         raise unknown_choice("kind of exported file", path.suffix, [target.suffix for target in TARGETS.values()])
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    return open_exported(path, _config_for(path, like), threads)
+    return open_exported(path, config_of(path, like), threads)
 
 
 def open_exported(path: Path, config: Mapping[str, Any], threads: int = 1) -> Deployed:
@@ -119,7 +120,9 @@ def open_exported(path: Path, config: Mapping[str, Any], threads: int = 1) -> De
         raise UserError(
             f"{path} gives an output of shape {tuple(output.shape)}, expected (B, classes) or (B, classes, H, W)"
         )
-    return Deployed(run, shape, cfg | {"num_classes": int(output.shape[1])})
+    deployed = Deployed(run, shape, cfg | {"num_classes": int(output.shape[1])})
+    deployed.effvit_zoo_record = config.get(EXTRA_KEY) or {}
+    return deployed
 
 
 def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> Runner:
@@ -144,18 +147,29 @@ def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> R
         return row.open(path, threads).run
 
 
-def _config_for(path: Path, like: str | None) -> dict[str, Any]:
-    """The config.json of a model named by `like`, or in the file's folder, one below it or the one above."""
+def config_of(path: Path, like: str | None = None) -> dict[str, Any]:
+    """What a config.json says for an exported file: that of a model named by `like`, else that of the model folder or run folder that
+    the file lies in. What training recorded is taken from the latter in any case: the file was made from that model.
+
+    Raises:
+        UserError: There is neither.
+    """
     from .. import hub  # not at the top: `import effvit_zoo` comes here and needs no Hub client
 
-    if like is not None and not hub.brings_weights(like):
+    around = (path.parent, path.with_suffix(""), path.parent.parent)
+    folders = (folder / inner for folder in around for inner in ("", BEST) if (folder / inner / MODEL_CONFIG).is_file())
+    folder = next(folders, None)
+    own = hub.read_config(f"{hub.LOCAL}{folder}") if folder else None
+    if like is None and own is None:
+        raise UserError(
+            f"no preprocessing config found for {path}: put its model's {MODEL_CONFIG} into its folder, or name the model by "
+            "--like MODEL"
+        )
+    if like is None:
+        return own or {}
+    if hub.brings_weights(like):
+        config = hub.read_config(like)
+    else:
         model: Any = hub.load(like, pretrained=False, device="meta")
-        return {"pretrained_cfg": dict(model.pretrained_cfg)}
-    if like is not None:
-        return hub.read_config(like)
-    for folder in (path.parent, path.with_suffix(""), path.parent.parent):
-        if (folder / MODEL_CONFIG).is_file():
-            return hub.read_config(f"{hub.LOCAL}{folder}")
-    raise UserError(
-        f"no preprocessing config found for {path}: put its model's {MODEL_CONFIG} into its folder, or name the model by --like MODEL"
-    )
+        config = {"pretrained_cfg": dict(model.pretrained_cfg)}
+    return config if own is None else {**config, EXTRA_KEY: own.get(EXTRA_KEY)}

@@ -160,6 +160,7 @@ def resolve_name(name: str | Path) -> str:
         tags = [cfg.tag or "" for cfg in timm.models.get_arch_pretrained_cfgs(architecture).values()]
         if tag and tag not in tags:
             raise unknown_choice(f"weights tag of {architecture}", tag, [known for known in tags if known])
+        _require_one_meaning(name)
         return name
     if Path(name).expanduser().exists() or name.startswith((".", "~", "/")):
         return LOCAL + str(model_folder(name))
@@ -168,6 +169,15 @@ def resolve_name(name: str | Path) -> str:
     if "/" in name or os.sep in name:
         raise UserError(f"there is no folder {name}; if it is a model on the Hub, write {HUB}{name}")
     raise unknown_choice("model", name, known_models(name))
+
+
+def _require_one_meaning(name: str) -> None:
+    """Raises `UserError` for the name of a registered model that a model or run folder in the current directory has too."""
+    if any((Path(name) / inner / MODEL_CONFIG).is_file() for inner in ("", BEST)):
+        raise UserError(
+            f"{name} is a registered model, and {Path(name).resolve()} is a model folder: write ./{name} for the folder, "
+            "or call it otherwise to mean the registered model"
+        )
 
 
 def brings_weights(name: str | Path) -> bool:

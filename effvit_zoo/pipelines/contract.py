@@ -3,12 +3,15 @@
     OUTPUT/config.yaml        the pipeline's config
     OUTPUT/NAME.yaml          a stage's config, which anyone may read and run
     OUTPUT/NAME/              its run folder
+    OUTPUT/report.html        the report of all stages
 
 A stage is done when its summary.json exists, so a pipeline resumes wherever it was cut.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +21,11 @@ from typing import Any
 from .. import config as strict
 from .. import run_folder
 from ..errors import UserError, unknown_choice
+from ..tasks import Section
 from ..training._processes import process_state
 from ..training.config import RunConfig
 from ..training.run import Adapt, train
+from ._report import write_pipeline_report
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Stage:
         reads: Model folder in the output folder that the stage starts from; None for the config's model.
         hand_on: (output folder, pipeline's config) -> None, after the stage, or in its place where it isn't wanted: makes what later
             stages read, unless it is there. On the main process.
+        has_metric: The stage trains for the task's metric; the report shows the metric of such stages only.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Stage:
     adapt: Callable[[Any], Adapt]
     reads: str | None = None
     hand_on: Callable[[Path, Any], None] | None = None
+    has_metric: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,42 @@ class Pipeline:
         config = self.load(config_path, overrides)
         folder = Path(output) if output is not None else Path("runs") / Path(config_path).stem
         self._claim(folder, config, resume, stage)
+        try:
+            self._run_stages(folder, config, stage)
+            if stage in (None, names[-1]):
+                on_main_process(lambda: self.conclude(folder, config))
+                on_main_process(lambda: self.report(folder))
+        except (Exception, KeyboardInterrupt, SystemExit):
+            if process_state().is_main_process:
+                with contextlib.suppress(OSError, UserError):  # a full disk may be why it ends
+                    self.report(folder, "Interrupted. This continues it:")
+            raise
+        return folder
+
+    def _run_stages(self, folder: Path, config: Any, only: str | None) -> None:
         for row in self.stages:
             run_config = row.run_config(config, folder)
-            if run_config is not None and stage not in (None, row.name):
+            if run_config is not None and only not in (None, row.name):
                 continue
+            status = f"Not finished: stage {row.name}. If it was interrupted, this continues it:"
+            on_main_process(partial(self.report, folder, status))
             if run_config is not None and not is_done(folder / row.folder):
                 _run(row, run_config, folder, config)
             if row.hand_on is not None:
                 on_main_process(partial(row.hand_on, folder, config))
-        if stage in (None, names[-1]):
-            on_main_process(lambda: self.conclude(folder, config))
-        return folder
+
+    def report(self, folder: Path, status: str = "", sections: Sequence[Section] = ()) -> None:
+        """Writes report.html of the output folder: one page for all stages.
+
+        Args:
+            folder: Output folder.
+            status: Why the pipeline is not finished, "" if it is.
+            sections: What compares the models that it made; the first opens the page.
+        """
+        config = self.load(folder / run_folder.CONFIG)
+        stages = [row for row in self.stages if row.run_config(config, folder) is not None]
+        title = f"{self.name}: {config.model.name} on {config.data.root}"
+        write_pipeline_report(folder, title, stages, status, _continues(folder) if status else "", sections)
 
     def _claim(self, folder: Path, config: Any, resume: str | None, stage: str | None) -> None:
         """Writes the config into the output folder, or makes sure that the one there is the same."""
@@ -134,8 +166,15 @@ def _run(stage: Stage, run_config: RunConfig, folder: Path, config: Any) -> None
         raise UserError(f"stage {stage.name} needs the model in {folder / stage.reads}: run the stages before it")
     plan = folder / f"{stage.folder}.yaml"
     on_main_process(lambda: run_folder.write_text(plan, strict.dump(run_config)))
-    train(plan, output=folder / stage.folder, resume="auto", adapt=stage.adapt(config))
+    again = _continues(folder)
+    train(plan, output=folder / stage.folder, resume="auto", adapt=stage.adapt(config), again=again)
     process_state().wait_for_everyone()
+
+
+def _continues(folder: Path) -> str:
+    """The command that continues a pipeline."""
+    config, output = shlex.quote(str(folder / run_folder.CONFIG)), shlex.quote(str(folder))
+    return f"effzoo train --config {config} --output {output} --resume auto"
 
 
 def is_done(run: Path) -> bool:

@@ -37,6 +37,7 @@ from ..report.run_page import write_summary
 from ..tasks import TASKS, DistillConfig, Objective, Task
 from ..training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from ..training.run import build_model, prepare
+from ._report import history
 from .contract import Pipeline, Stage, is_done
 
 DENSE, SELECTORS, FINETUNE = "1-dense", "2-selectors", "3-finetune"
@@ -185,6 +186,8 @@ def _given_model(config: ToSAConfig) -> Any:
 class SelectorObjective:
     """Stage 2: KL divergence of each selector's map from the next layer's true one; the rest is frozen and in eval mode."""
 
+    loss_title = "KL divergence of the selectors' maps"
+
     def trainable(self, model: Any) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("selectors."))
@@ -202,6 +205,7 @@ class SampledRatio:
 
     def __init__(self, objective: Objective, ratios: Sequence[float]) -> None:
         self.objective, self.ratios = objective, ratios
+        self.loss_title = getattr(objective, "loss_title", "")
 
     def trainable(self, model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
@@ -233,6 +237,7 @@ STAGES = (
         _selectors,
         lambda config: lambda task, objective, model: SelectorObjective(),
         reads=START,
+        has_metric=False,
     ),
     Stage(
         "finetune",
@@ -245,7 +250,7 @@ STAGES = (
 
 
 def _conclude(folder: Path, config: ToSAConfig) -> None:
-    """summary.json of the pipeline: that of the last stage, with the costs of all."""
+    """summary.json of the pipeline: the results of the model that it hands over, that of the last epoch, and the costs of all stages."""
     stages = {
         stage.name: run_folder.read_json(folder / stage.folder / run_folder.SUMMARY)
         for stage in STAGES
@@ -254,14 +259,17 @@ def _conclude(folder: Path, config: ToSAConfig) -> None:
     last = stages["finetune"]
     saved = folder / FINETUNE / run_folder.LAST
     model: Any = hub.load(saved)
-    kept = ("task", *TASKS[last["task"]].metrics, "val_loss", "images_per_second", "macs")
+    measured = history(folder / FINETUNE)[-1]
+    metrics = [name for name in (*TASKS[last["task"]].metrics, "val_loss") if measured.get(name)]
     write_summary(
         folder,
         {
             "model": model.pretrained_cfg["architecture"],
             "data": config.data.root,
             "attention_ratio": config.attention_ratio,
-            **{key: last[key] for key in kept},
+            "task": last["task"],
+            **{name: float(measured[name]) for name in metrics},
+            **{key: last[key] for key in ("images_per_second", "macs")},
             "params": cost.count_params(model),
             "seconds": sum(summary["seconds"] for summary in stages.values()),
             "stages": {name: {"seconds": summary["seconds"]} for name, summary in stages.items()},

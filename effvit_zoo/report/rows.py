@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import run_folder
-from ..errors import UserError
+from ..errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Rows = Sequence[Mapping[str, Any]]
+
+_PLAIN: dict[str, Any] = {"markup": False, "emoji": False}
+"""Of rich's consoles: names with [brackets] or :colons: are printed as they are."""
 
 
 def check_output(path: Path | None, option: str = "--output") -> None:
@@ -64,12 +67,12 @@ def print_table(
         style = "cyan" if index == 0 else None
         table.add_column(head[index] if head else "", justify=justify, style=style, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
     if output is None and sys.stdout.isatty():
-        Console().print(table)
+        Console(**_PLAIN).print(table)
         return
     text = io.StringIO()
-    Console(file=text, width=10_000).print(table)
+    Console(file=text, width=10_000, **_PLAIN).print(table)
     _emit("".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines()), output)
 
 
@@ -77,8 +80,8 @@ def make_console(width: int = 200) -> Console:
     """The terminal; without a terminal, a console of `width` columns, so that tables are not wrapped."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    console = Console(**_PLAIN)
+    return console if console.is_terminal else Console(width=width, **_PLAIN)
 
 
 def figures(value: float) -> str:

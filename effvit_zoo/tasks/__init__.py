@@ -15,6 +15,7 @@ from .contract import Evaluation as Evaluation
 from .contract import Evaluator as Evaluator
 from .contract import Metric as Metric
 from .contract import Objective as Objective
+from .contract import Picture as Picture
 from .contract import Section as Section
 from .contract import Table as Table
 from .contract import Task as Task

@@ -37,6 +37,9 @@ class ImageAugment(Augment):
     erasing_mode: Literal["const", "rand", "pixel"] = "pixel"
     """Content of the erased rectangle: zeros, one random colour, or random pixels."""
 
+    def idle(self) -> set[str]:
+        return super().idle() | ({"erasing_mode"} if not self.random_erasing else set())
+
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale: got {list(self.scale)}, expected 0 < low <= high <= 1")

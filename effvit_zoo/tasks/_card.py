@@ -37,15 +37,22 @@ def _usage(config: Mapping[str, Any], place: str, labelled: bool) -> str:
     names = 'model.pretrained_cfg["label_names"]' if labelled else f"range({config.get('num_classes', 0)})"
     shown = min(5, int(config.get("num_classes") or 5))
     return f'''import effvit_zoo  # registers effzoo_*; timm has no plugin discovery, so this line comes first
+import numpy as np
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("hf-hub:{place}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 names = {names}
 
-image = Image.open("photo.jpg").convert("{mode}")
+image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
+if image.mode[0] in "IF":  # greys of 16 or 32 bits: Pillow would clip them
+    grey = np.asarray(image, dtype=float)
+    whites = (1, 255, 65535, grey.max()) if image.mode == "F" else (65535, grey.max())
+    image = Image.fromarray((grey * 255 / min(w for w in whites if w >= grey.max())).round().astype(np.uint8))
+image = image.convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("{mode}")  # transparency is white
 with torch.inference_mode():
     probabilities = model(transform(image)[None]).softmax(dim=1)[0]
 for probability, index in zip(*map(torch.Tensor.tolist, probabilities.topk({shown}))):

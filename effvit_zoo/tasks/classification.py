@@ -31,16 +31,23 @@ from ..data import (
 )
 from ..errors import UserError
 from ..hub import CardFacts
+from ..viz.fonts import is_drawable, undrawable
 from ..viz.matrix import confusion_matrix
-from ..viz.predictions import annotate, captioned_grid
+from ..viz.predictions import annotate
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
-from .contract import Evaluation, Metric, Section, Table, Task, mean_over_images
+from ._scores import macro_f1, per_class, wilson_interval
+from .contract import Evaluation, Metric, Picture, Section, Table, Task, mean_over_images
 
 WORST = 24  # mistakes that are kept for the report
+SPELT = 20  # names in a note
+EXAMPLES = 12  # images that stand for all in the report
+TOP5_FROM = 7  # classes from which on top-5 is shown; of fewer it says next to nothing
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
-CONFUSION, MISTAKES = "confusion_matrix.png", "mistakes.png"
+MATRIX_UP_TO = 300  # classes up to which the confusion matrix is drawn, of which more couldn't be told apart
+TABLE_UP_TO = 200  # classes in a table: the weakest
+CONFUSION = "confusion_matrix.png"
 
 
 @section
@@ -55,6 +62,10 @@ class ClassificationAugment(ImageAugment):
     """Probability that a batch is mixed at all."""
     mix_switch_prob: Probability = 0.5
     """Probability of CutMix instead of mixup where both are on."""
+
+    def idle(self) -> set[str]:
+        switch = set() if self.mixup and self.cutmix else {"mix_switch_prob"}
+        return super().idle() | switch | (set() if self.mixup or self.cutmix else {"mix_prob"})
 
 
 @section
@@ -85,7 +96,11 @@ class Classification(Task):
 
     Config = ClassificationConfig
     Augment = ClassificationAugment
-    metrics = {"top1": Metric("top-1", "%"), "top5": Metric("top-5", "%")}  # noqa: RUF012
+    metrics = {  # noqa: RUF012
+        "top1": Metric("top-1", "%", is_share=True),
+        "top5": Metric("top-5", "%"),
+        "macro_f1": Metric("macro-F1", "%"),
+    }
     logits_axis = 1
 
     def __init__(
@@ -99,6 +114,8 @@ class Classification(Task):
         shown: Sequence[str] | None = None,
     ) -> None:
         self.num_classes = num_classes
+        if num_classes < TOP5_FROM:
+            self.metrics = {name: metric for name, metric in self.metrics.items() if name != "top5"}
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
         self.labels = None if labels is None else tuple(labels)
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
@@ -159,15 +176,27 @@ class Classification(Task):
         return image_transforms(self.augment, data_config)
 
     def data_notes(self, splits: DataSplits) -> list[str]:
+        notes = self.picture_notes()
         if not isinstance(splits.train, ImageSource):
-            return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}"]
+            return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}", *notes]
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
-        notes = [_class_note(self.shown, counts, splits.val)]
+        notes.insert(0, _class_note(self.shown, counts, splits.val))
         if counts.max() >= UNEQUAL * counts.min():
             least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
             advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
             notes.append(f"classes are imbalanced: {most} training images, {least} ({advice})")
         return notes
+
+    def picture_notes(self) -> list[str]:
+        missing = undrawable(self.shown)
+        if not missing:
+            return []
+        names = ", ".join(f"{number} is {self.shown[number]}" for number in missing[:SPELT])
+        more = f" and {len(missing) - SPELT} more" if len(missing) > SPELT else ""
+        return [
+            f"no installed font can draw {len(missing)} of the {self.num_classes} class names, so pictures show their numbers: "
+            f"{names}{more} (a Noto font of the script mends it)"
+        ]
 
     # model
 
@@ -186,6 +215,13 @@ class Classification(Task):
         return f"{self.num_classes} classes"
 
     # objective
+
+    @property
+    def loss_title(self) -> str:
+        softened = self.config.smoothing or self.mixup is not None
+        return {"bce": "binary cross entropy", "ce": "cross entropy of softened labels" if softened else ""}[
+            self.config.loss
+        ]
 
     def mix(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mixed images and target distributions (B, num_classes). Pairs are mixed; the last image of an odd batch stays as it is."""
@@ -212,34 +248,55 @@ class Classification(Task):
     def evaluator(self, device: torch.device) -> ClassificationEvaluator:
         return ClassificationEvaluator(device)
 
+    def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Top-1 with its interval, macro-F1, and what always naming the largest class would give."""
+        true = np.zeros(self.num_classes, dtype=np.int64)
+        for index, _, count in details["cells"]:
+            true[index] += count
+        images, largest = int(true.sum()), int(true.argmax())
+        low, high = wilson_interval(metrics["top1"] / 100, images)
+        shown = dict(super().result(metrics, details))
+        shown["top-1"] += f" (95 % interval {100 * low:.1f} to {100 * high:.1f} %, {images:,} images)"
+        share = 100 * true[largest] / images
+        return [
+            *shown.items(),
+            ("baseline", f"{share:.2f} % by always naming the largest class, {self.shown[largest]}"),
+        ]
+
     def sections(
         self, details: Mapping[str, Any], image_of: Callable[[int], tuple[str, Image.Image] | None], folder: Path | None
     ) -> list[Section]:
         cells = details["cells"]
-        sections = [Section("Classes, weakest first", table=class_table(cells, self.shown))]
-        if folder is not None:
+        number = len({true for true, _, _ in cells})
+        left_out = f": {TABLE_UP_TO} of {number:,}" if number > TABLE_UP_TO else ""
+        table = Section(f"Classes, weakest first{left_out}", table=class_table(cells, self.shown))
+        if folder is None:
+            return [table]
+        matrix = Section("Confusion matrix", f"Not drawn for more than {MATRIX_UP_TO} classes.")
+        if self.num_classes <= MATRIX_UP_TO:
             confusion_matrix(dense_counts(cells, self.num_classes), list(self.shown), folder / CONFUSION)
-            sections.append(Section("Confusion matrix", figure=CONFUSION))
-            drawn = self._draw_mistakes(details["mistakes"], image_of, folder / MISTAKES)
-            text = "Wrong answers with the highest probability: often a wrong label, or two objects in one image."
-            none = "None, or the images are not available (streams are read once)."
-            sections.append(
-                Section("Most confident mistakes", text if drawn else none, figure=MISTAKES if drawn else "")
-            )
-        return sections
+            matrix = Section("Confusion matrix", figure=CONFUSION)
+        examples = self._pictures(details.get("examples", ()), image_of)
+        mistakes = self._pictures(details["mistakes"], image_of)
+        none = "None, or the images are not available (streams are read once)."
+        surest = "Wrong answers with the highest probability: often a wrong label, or two objects in one image."
+        return [
+            Section("Examples", "Validation images chosen at random." if examples else none, pictures=examples),
+            Section("Most confident mistakes", surest if mistakes else none, pictures=mistakes),
+            matrix,
+            table,
+        ]
 
-    def _draw_mistakes(self, mistakes: Sequence[Sequence[float]], image_of: Callable, path: Path) -> bool:
-        images, captions = [], []
-        for probability, index, true, predicted in mistakes:
-            found = image_of(int(index))
-            if found is not None:
-                images.append(found[1])
-                captions.append(
-                    (f"is {self.shown[int(true)]}", f"{100 * probability:.0f} % {self.shown[int(predicted)]}")
-                )
-        if images:
-            captioned_grid(images, captions, path)
-        return bool(images)
+    def _pictures(self, rows: Sequence[Sequence[float]], image_of: Callable) -> list[Picture]:
+        """Images with answer, truth and file name, of [probability, index, true class, predicted class] rows."""
+        pictures = []
+        for probability, index, true, predicted in rows:
+            if (found := image_of(int(index))) is not None:
+                name, image = found
+                answer = f"{self.shown[int(predicted)]} {100 * probability:.0f}\N{NO-BREAK SPACE}%"
+                truth = "" if true == predicted else f"is {self.shown[int(true)]}"
+                pictures.append(Picture(image, answer, truth, name, is_right=true == predicted))
+        return pictures
 
     @classmethod
     def card(cls, config: Mapping[str, Any]) -> CardFacts:
@@ -249,6 +306,10 @@ class Classification(Task):
 
     def predict(self, output: Tensor, topk: int) -> list[list[dict[str, Any]]]:
         probabilities = output.float().softmax(dim=1)
+        if not probabilities.isfinite().all():
+            raise UserError(
+                "the model's output for an image is not a number: its weights are damaged, or its precision too low"
+            )
         values, indices = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
         return [
             [
@@ -259,54 +320,63 @@ class Classification(Task):
         ]
 
     def draw_prediction(self, image: Image.Image, rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-        return annotate(image, [row["label"] for row in rows], [row["probability"] for row in rows])
+        labels = [row["label"] if is_drawable(row["label"]) else str(row["index"]) for row in rows]
+        return annotate(image, labels, [row["probability"] for row in rows])
 
 
 class ClassificationEvaluator:
-    """Top-1, top-5 and loss, counts of (true class, predicted class), and the most confident mistakes.
+    """Top-1, top-5, macro-F1 and loss, counts of (true class, predicted class), the most confident mistakes, and examples.
 
     Memory is linear in the number of images, not quadratic in the number of classes.
     """
 
     def __init__(self, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1 hits, top-5 hits
         self.pairs: list[Tensor] = []  # (B, 2) true and predicted class, per batch
-        self.worst = torch.full((WORST, 4), -1.0, dtype=torch.float64, device=device)  # rows as in `_worst_of`
+        self.worst = torch.full((WORST, 5), -1.0, dtype=torch.float64, device=device)  # rows as in `_first`
+        self.examples = torch.full((EXAMPLES, 5), -1.0, dtype=torch.float64, device=device)
 
     def update(self, output: Tensor, batch: Batch) -> None:
-        logits, target = output.float(), batch.target
+        logits, target = output.float().to(self.sums.device), batch.target.to(self.sums.device)
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = ranked == target[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
         images = torch.tensor(float(len(target)), device=self.sums.device)
         self.sums += torch.stack([images, loss, hits[:, 0].sum(), hits.sum()])
         self.pairs.append(torch.stack([target, ranked[:, 0]], dim=1))
-        self.worst = _worst_of(self.worst, logits, ranked[:, 0], target, batch.index)
+        predicted, index = ranked[:, 0], batch.index.to(target.device)
+        probability = logits.softmax(1).gather(1, predicted[:, None])[:, 0].double()
+        answers = torch.stack([probability, index.double(), target.double(), predicted.double()], dim=1)
+        self.worst = _first(self.worst, torch.where(predicted == target, -1.0, probability), answers)
+        self.examples = _first(self.examples, (index * 2654435761 % 2**32).double(), answers)  # as good as random
 
     def totals(self) -> dict[str, Tensor]:
         return dict(zip(("images", "loss", "top1", "top5"), self.sums.unbind(), strict=True))
 
     def rows(self) -> list[Any]:
         cells = Counter(map(tuple, torch.cat(self.pairs).tolist())) if self.pairs else Counter()
-        return [(cells, [row for row in self.worst.tolist() if row[0] >= 0])]
+        kept = [[row for row in rows.tolist() if row[0] >= 0] for rows in (self.worst, self.examples)]
+        return [(cells, *kept)]
 
     def result(self, totals: Mapping[str, Tensor], rows: list[Any]) -> Evaluation:
         images = float(totals["images"])
         cells: Counter[tuple[int, int]] = Counter()
         mistakes: list[list[float]] = []
-        for counted, worst in rows:
+        examples: list[list[float]] = []
+        for counted, worst, some in rows:
             cells.update(counted)
             mistakes += worst
+            examples += some
+        counts = [[true, predicted, count] for (true, predicted), count in sorted(cells.items())]
+        metrics = {name: 100 * float(totals[name]) / images for name in ("top1", "top5")}
         return Evaluation(
             images=int(images),
-            metrics={
-                "top1": 100 * float(totals["top1"]) / images,
-                "top5": 100 * float(totals["top5"]) / images,
-                "loss": float(totals["loss"]) / images,
-            },
+            metrics={**metrics, "macro_f1": macro_f1(counts), "loss": float(totals["loss"]) / images},
             details={
-                "cells": [[true, predicted, count] for (true, predicted), count in sorted(cells.items())],
-                "mistakes": sorted(mistakes, reverse=True)[:WORST],
+                "cells": counts,
+                "mistakes": [row[1:] for row in sorted(mistakes, reverse=True)[:WORST]],
+                "examples": [row[1:] for row in sorted(examples, reverse=True)[:EXAMPLES]],
             },
         )
 
@@ -325,16 +395,13 @@ def _shortened(items: Sequence[str]) -> list[str]:
     return list(items) if len(items) <= MANY_CLASSES else [*items[:FIRST_CLASSES], f"... ({len(items)} classes)"]
 
 
-def _worst_of(worst: Tensor, logits: Tensor, predicted: Tensor, target: Tensor, index: Tensor) -> Tensor:
-    """The most confident mistakes, (WORST, 4), among those so far and a batch's; nothing is read back from the device.
+def _first(kept: Tensor, rank: Tensor, answers: Tensor) -> Tensor:
+    """The rows of the highest ranks, among those so far and a batch's, as many as there were; nothing is read back from the device.
 
-    Rows are: probability of the wrong class (-1 for none), index of the image, true class, predicted class.
+    Rows are: rank (-1 for none), probability of the predicted class, index of the image, true class, predicted class.
     """
-    probability = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
-    probability = torch.where(predicted == target, -1.0, probability)
-    columns = (probability, index.to(probability.device), target, predicted)
-    rows = torch.cat([worst, torch.stack([column.double() for column in columns], dim=1)])
-    return rows[rows[:, 0].topk(WORST).indices]
+    rows = torch.cat([kept, torch.cat([rank[:, None], answers], dim=1)])
+    return rows[rows[:, 0].topk(len(kept)).indices]
 
 
 def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
@@ -352,37 +419,9 @@ def dense_counts(cells: Sequence[Sequence[int]], num_classes: int) -> np.ndarray
     return counts
 
 
-def per_class(cells: Sequence[Sequence[int]]) -> dict[int, dict[str, Any]]:
-    """Class -> images, recall, precision and F1 in percent (None where undefined), and the class it is most often taken for.
-
-    Args:
-        cells: [true class, predicted class, count] entries.
-    """
-    true, predicted, hits = Counter[int](), Counter[int](), Counter[int]()
-    confused: dict[int, tuple[int, int]] = {}  # true class -> (count, -predicted class)
-    for t, p, count in cells:
-        true[t] += count
-        predicted[p] += count
-        if t == p:
-            hits[t] += count
-        else:
-            confused[t] = max(confused.get(t, (0, 0)), (count, -p))
-    return {
-        t: {
-            "images": true[t],
-            "recall": 100 * hits[t] / true[t],
-            "precision": 100 * hits[t] / predicted[t] if predicted[t] else None,
-            "f1": 200 * hits[t] / (true[t] + predicted[t]),
-            "taken_for": -confused[t][1] if t in confused else None,
-            "taken_for_images": confused[t][0] if t in confused else 0,
-        }
-        for t in sorted(true)
-    }
-
-
 def class_table(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
-    """Per class that occurs: images, recall, precision, F1 and the most frequent confusion; lowest F1 first."""
-    rows = sorted(per_class(cells).items(), key=lambda item: item[1]["f1"])
+    """Per class that occurs: images, recall, precision, F1 and the most frequent confusion; lowest F1 first, `TABLE_UP_TO` of them."""
+    rows = sorted(per_class(cells).items(), key=lambda item: item[1]["f1"])[:TABLE_UP_TO]
     head = ("class", "images", "recall, %", "precision, %", "F1, %", "most often taken for")
     return Table(
         head,

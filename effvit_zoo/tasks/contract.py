@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..config import section
 from ..data import AnySource, Batch, DataConfig, DataSplits, Measured, Transforms
 from ..hub import CardFacts
+from ._scores import wilson_interval
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Metric:
         unit: "%" or another unit; "" for a plain number.
         higher_is_better: Direction of improvement.
         digits: Decimals in reports.
+        is_share: Whether it is the percentage of the images for which something is true, so that it has a confidence interval.
     """
 
     title: str
     unit: str = ""
     higher_is_better: bool = True
     digits: int = 2
+    is_share: bool = False
 
     def show(self, value: float, digits: int | None = None) -> str:
         """E.g. "87.95 %"."""
@@ -103,6 +106,25 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of a report, with text below it.
+
+    Attributes:
+        image: The image.
+        title: First line, e.g. what the model says.
+        text: Second line, e.g. what would be right; "" for none.
+        name: Name of the file.
+        is_right: Whether the model is right; None where that is no question.
+    """
+
+    image: Image.Image
+    title: str
+    text: str
+    name: str
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a report.
 
@@ -111,16 +133,21 @@ class Section:
         text: A sentence below it, "" for none.
         figure: File name of an image in the run folder, "" for none.
         table: A table, or None.
+        pictures: Images side by side.
     """
 
     title: str
     text: str = ""
     figure: str = ""
     table: Table | None = None
+    pictures: Sequence[Picture] = ()
 
 
 class Objective(Protocol):
-    """What is trained, and by which loss. A task is one; distillation and the stages of a pipeline are others, around a task."""
+    """What is trained, and by which loss. A task is one; distillation and the stages of a pipeline are others, around a task.
+
+    Where the loss can't be compared with the validation's, an attribute `loss_title` says what it is; curves then show them apart.
+    """
 
     def trainable(self, model: nn.Module) -> nn.Module:
         """The module that is optimised: `model` itself, or a module whose attribute `model` it is. Called once; may freeze parameters."""
@@ -139,6 +166,19 @@ class Augment:
     sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Side lengths in pixels, one of which is sampled for every step (multi-scale training); empty for data.img_size."""
 
+    def idle(self) -> set[str]:
+        """Names of settings that change nothing, as the others are."""
+        return {"repeats"} if self.repeats == 1 else set()
+
+    def in_words(self) -> str:
+        """What is done to training images, for reports."""
+        said = {name: value for name, value in vars(self).items() if value and name not in self.idle()}
+        words = (
+            f"{name.replace('_', ' ')} {' to '.join(f'{part:g}' for part in value) if isinstance(value, tuple) else value}"
+            for name, value in said.items()
+        )
+        return ", ".join(words) or "none"
+
 
 class Task(ABC):
     """Base class of tasks.
@@ -154,7 +194,7 @@ class Task(ABC):
 
     Config: ClassVar[type]
     Augment: ClassVar[type[Augment]] = Augment
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: Mapping[str, Metric]
     logits_axis: ClassVar[int | None] = None
 
     # data
@@ -195,6 +235,10 @@ class Task(ABC):
         """What the user should know about the data before training."""
         return []
 
+    def picture_notes(self) -> list[str]:
+        """What the user should know before looking at pictures that the task draws."""
+        return []
+
     # model
 
     @abstractmethod
@@ -216,6 +260,11 @@ class Task(ABC):
         return ""
 
     # objective
+
+    @property
+    def loss_title(self) -> str:
+        """What the training loss is, where it can't be compared with the validation's; else ""."""
+        return ""
 
     def trainable(self, model: nn.Module) -> nn.Module:
         return model
@@ -246,7 +295,7 @@ class Task(ABC):
     def sections(
         self, details: Mapping[str, Any], image_of: Callable[[int], tuple[str, Image.Image] | None], folder: Path | None
     ) -> list[Section]:
-        """Report sections of an evaluation.
+        """Report sections of an evaluation; the first is the picture of the result, with which a report opens.
 
         Args:
             details: `Evaluation.details`.
@@ -254,6 +303,23 @@ class Task(ABC):
             folder: Where to write figures; None for tables alone.
         """
         return []
+
+    def intervals(self, metrics: Mapping[str, float], images: int) -> dict[str, list[float]]:
+        """NAME_interval -> [low, high], Wilson's 95 % interval in percent, of those metrics that are shares of the images."""
+        return {
+            f"{name}_interval": [100 * end for end in wilson_interval(metrics[name] / 100, images)]
+            for name, metric in self.metrics.items()
+            if metric.is_share and name in metrics
+        }
+
+    def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The lines of a report's summary that say how good the model is: name -> text. The first is the most important.
+
+        Args:
+            metrics: `Evaluation.metrics`.
+            details: `Evaluation.details`.
+        """
+        return [(metric.title, metric.show(metrics[name])) for name, metric in self.metrics.items()]
 
     @classmethod
     @abstractmethod

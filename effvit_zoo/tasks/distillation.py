@@ -119,6 +119,7 @@ class Distillation:
         if task.logits_axis is None:
             raise UserError("distill.teacher: the outputs of this task are not logits of classes, expected null")
         self.task, self.teacher, self.config, self.axis = task, teacher, config, task.logits_axis
+        self.loss_title = "labels and teacher"
 
     def trainable(self, model: nn.Module) -> nn.Module:
         if self.config.kind == "token":

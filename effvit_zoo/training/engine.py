@@ -7,11 +7,11 @@ two processes equal one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .freezing import FrozenBackbone
 from .guards import BufferSnapshot, SigtermWatch, save_batches, watched_loader
 from .optim import make_optimizer, make_scheduler
 from .recorder import Recorder
+from .report import RunReport, resume_command
 
 TRACK_EVERY = 20  # optimizer steps between two points of the step curves
 
@@ -55,6 +56,7 @@ def fit(
     accelerator: Accelerator,
     folder: Path,
     checkpoint: Path | None = None,
+    report: RunReport | None = None,
 ) -> FitResult:
     """Trains a model and fills the run folder, from the start or from a checkpoint.
 
@@ -67,13 +69,14 @@ def fit(
         accelerator: Device, processes, precision, trackers.
         folder: Run folder; metrics.csv, figures, `best/`, `last/` and `checkpoints/` are written there.
         checkpoint: A checkpoint folder of the same run to resume from.
+        report: Report to write while the run is not finished; None for none.
 
     Raises:
         UserError: A checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
             `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
         SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
     """
-    return _Run(task, objective, model, feed, config, accelerator, folder, checkpoint).finish()
+    return _Run(task, objective, model, feed, config, accelerator, folder, checkpoint, report).finish()
 
 
 class _Run:
@@ -89,6 +92,7 @@ class _Run:
         accelerator: Accelerator,
         folder: Path,
         checkpoint: Path | None,
+        report: RunReport | None,
     ):
         self.task, self.objective, self.feed, self.config = task, objective, feed, config
         self.accelerator, self.folder = accelerator, folder
@@ -125,8 +129,9 @@ class _Run:
             for name, value in self.state.sums.items()
         }
         self.recorder = Recorder(task, feed, config, folder)
+        self.report = report if accelerator.is_main_process else None
         self.seconds_before = self.state.seconds
-        self.started = self.epoch_started = time.perf_counter()
+        self.started = time.perf_counter()
         self.images_since_start = 0
         self.step_seconds = 0.0
 
@@ -149,9 +154,19 @@ class _Run:
         return state
 
     def finish(self) -> FitResult:
+        try:
+            return self._train()
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if self.report is not None:
+                with contextlib.suppress(OSError):  # a full disk may be why the run ends
+                    self.report.interrupted(self.state, error)
+            raise
+
+    def _train(self) -> FitResult:
         state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
         loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
         batches = watched_loader(loader)
+        self._report_progress()
         with self.sigterm, self._progress_bar() as bar:
             while True:
                 epochs, steps_into_epoch = divmod(state.step, per_epoch)
@@ -160,6 +175,7 @@ class _Run:
                     if self.accelerator.is_main_process:
                         bar.write(line)
                     self._save_checkpoint()
+                    self._report_progress()
                 if self._is_finished():
                     break
                 bar.set_description_str(f"epoch {epochs + 1}/{self.config.train.epochs}", refresh=False)
@@ -171,11 +187,14 @@ class _Run:
                     self._checkpoint_and_exit(bar)
                 if checkpoint_steps and state.step % checkpoint_steps == 0 and state.step % per_epoch:
                     self._save_checkpoint()
-        if self.accelerator.is_main_process:
-            self.recorder.draw(state.history)
+                    self._report_progress()
         # FSDP's shards can't be called by one process alone; their gathered copy can
         model = self.validated_model if self.unsharded is None else self._inner(self.unsharded)
         return FitResult(state, model, self._rate())
+
+    def _report_progress(self) -> None:
+        if self.report is not None:
+            self.report.progress(self.state)
 
     def _progress_bar(self) -> tqdm:
         return tqdm(
@@ -198,7 +217,8 @@ class _Run:
         """Clusters send SIGTERM before they reclaim a machine."""
         self._save_checkpoint()
         if self.accelerator.is_main_process:
-            bar.write(f"SIGTERM: stopped after step {self.state.step}; resume with --resume {self.folder}")
+            again = resume_command(self.folder) if self.report is None else self.report.again
+            bar.write(f"SIGTERM: stopped after step {self.state.step}; continue with {again}")
         self.accelerator.end_training()
         raise SystemExit(0)
 
@@ -222,7 +242,7 @@ class _Run:
             weight = len(batch) * accelerator.num_processes / self.feed.step_size(step)
             seed_everything(train.seed, step, micro, accelerator.process_index)
             last = micro == train.grad_accum - 1
-            with nullcontext() if last else accelerator.no_sync(self.module):
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
                 loss, values = self.objective.loss(self.module, batch)
                 accelerator.backward(loss * weight)
             self._add(len(batch), {"loss": loss.detach(), **values})
@@ -338,7 +358,6 @@ class _Run:
 
     def _end_epoch(self, epoch: int) -> str:
         """Validates, records the epoch and saves the model folders; returns the line to print."""
-        train_seconds = time.perf_counter() - self.epoch_started
         sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
         images = sums.pop("images")
         self.sums = {}
@@ -362,8 +381,7 @@ class _Run:
         self.accelerator.log(values, step=state.step)
         saved = self._gathered_model()
         if self.accelerator.is_main_process:
-            self.recorder.record(saved, state.history, result, is_best, train_seconds)
-        self.epoch_started = time.perf_counter()
+            self.recorder.record(saved, state.history, result, is_best)
         return _epoch_line(self.task, row, self.config.train.epochs, is_best)
 
     def _gathered_model(self) -> nn.Module:

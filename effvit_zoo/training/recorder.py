@@ -1,4 +1,4 @@
-"""What a run leaves behind after every epoch: model folders, metrics, figures, and uploads where they are wanted."""
+"""What a run leaves behind after every epoch: model folders, metrics, and uploads where they are wanted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from .. import hub, run_folder
 from ..data import Feed
 from ..errors import UserError
 from ..tasks import Evaluation, Task, card_facts
-from ..viz.curves import curves
 from .config import RunConfig
-
-DRAW_AFTER = 30.0  # seconds of an epoch from which on figures are drawn after each epoch, not only at the end
 
 
 class Recorder:
@@ -38,16 +35,14 @@ class Recorder:
         history: Sequence[dict[str, Any]],
         result: Evaluation,
         is_best: bool,
-        train_seconds: float,
     ) -> None:
-        """Saves the model as `last/`, and as `best/` if it is; writes metrics.csv; draws and uploads where wanted.
+        """Saves the model as `last/`, and as `best/` if it is; writes metrics.csv; uploads where wanted.
 
         Args:
             model: The validated model.
             history: A row per epoch, the last one included.
             result: Evaluation of the last epoch.
             is_best: It improves on all before it.
-            train_seconds: Time that training the epoch took.
         """
         for name in (run_folder.BEST, run_folder.LAST) if is_best else (run_folder.LAST,):
             hub.save(
@@ -63,24 +58,9 @@ class Recorder:
                 },
             )
         run_folder.write_text(self.folder / run_folder.METRICS, run_folder.as_csv(history))
-        if train_seconds > DRAW_AFTER:
-            self.draw(history)
         push = self.config.hub.push
         if is_best and push is not None and self.config.hub.push_every_best:
             try:
                 tqdm.write(f"uploaded: {hub.push(self.folder / run_folder.BEST, push, card_facts)}")
             except UserError as error:
                 tqdm.write(f"not uploaded, training continues: {error}")
-
-    def draw(self, history: Sequence[dict[str, Any]]) -> None:
-        """curves.png: the loss, and a panel for every metric that was measured."""
-        panels = [
-            (
-                f"{metric.title}{f', {metric.unit}' if metric.unit else ''}",
-                f"train_{name}",
-                name,
-                metric.higher_is_better,
-            )
-            for name, metric in list(self.task.metrics.items())[:1]
-        ]
-        curves(history, self.folder / run_folder.CURVES, panels)

@@ -20,7 +20,7 @@ from .. import hub, run_folder
 from ..data import MODES, Feed, make_feed, seed_everything
 from ..errors import UserError, one_line
 from ..measure import cost
-from ..report.run_page import write_report, write_summary
+from ..report.run_page import write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
 from ._data_checks import data_notes, record_images, require_recorded_images
@@ -28,6 +28,7 @@ from ._processes import on_cpu, process_state
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config, load_run
 from .engine import FitResult, fit
+from .report import RunReport
 
 HARMLESS_CHANGES = (
     "data.num_workers",
@@ -61,6 +62,7 @@ def train(
     resume: str | None = None,
     allow_change: Sequence[str] = (),
     adapt: Adapt | None = None,
+    again: str = "",
 ) -> Path:
     """Trains what a config says and returns the run folder.
 
@@ -71,6 +73,7 @@ def train(
         resume: None starts anew; "auto" resumes in the run folder if it holds a run; a run folder resumes there.
         allow_change: Config keys that may differ from those the resumed run was started with; `data.files` allows other images.
         adapt: Makes the objective of a pipeline's stage.
+        again: Command that continues an interrupted run; "" for `effzoo train --resume RUN`.
 
     Raises:
         UserError: For bad input of any kind; what is on disk stays as it was.
@@ -95,13 +98,22 @@ def train(
     accelerator.init_trackers(project, config=_tracker_config(config))
     verb = "resuming" if checkpoint else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
-    notes = _print_notes(run, config) if accelerator.is_main_process else []
-    result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
+    report = _report(run, config, objective, accelerator, folder, again)
+    result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint, report)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
     if accelerator.is_main_process:
-        _conclude(run, config, result, accelerator, folder, notes)
+        _conclude(run, config, result, accelerator, folder, report)
     return folder
+
+
+def _report(
+    run: Prepared, config: RunConfig, objective: Objective, accelerator: Accelerator, folder: Path, again: str
+) -> RunReport:
+    """The run's report; prints its notes."""
+    notes = _print_notes(run, config) if accelerator.is_main_process else []
+    loss, processes = getattr(objective, "loss_title", ""), accelerator.num_processes
+    return RunReport(run.task, run.feed, config, folder, run.model, processes, notes=notes, again=again, loss=loss)
 
 
 def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objective:
@@ -114,20 +126,15 @@ def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objecti
 
 
 def _conclude(
-    run: Prepared, config: RunConfig, result: FitResult, accelerator: Accelerator, folder: Path, notes: Sequence[str]
+    run: Prepared, config: RunConfig, result: FitResult, accelerator: Accelerator, folder: Path, report: RunReport
 ) -> None:
     """Summary, report and the lines that end a run."""
     state = result.state
-    summary = _summary(run, config, result, accelerator)
-    write_summary(folder, summary)
-    sections = run.task.sections(state.best["details"], run.feed.val_image, folder)
+    measured = _measured(run, result, accelerator)
+    write_summary(folder, report.facts(state) | measured)
+    report.write(state, measured=measured)
     name, metric = next(iter(run.task.metrics.items()))
     best = f"{metric.title} {metric.show(state.best['metrics'][name])}"
-    all_notes = [*notes, *(f"unreadable: {file}: {reason}" for file, reason in sorted(state.bad_files.items()))]
-    if state.skipped_steps:
-        all_notes.append(f"{state.skipped_steps} steps were skipped because their loss was not finite")
-    headline = f"{best} on the validation images, at epoch {state.best_epoch}"
-    write_report(folder, summary, headline, sections, all_notes)
     bad = f", {len(state.bad_files)} unreadable files skipped" if state.bad_files else ""
     print(f"{best} (epoch {state.best_epoch}) in {state.seconds:.0f} s{bad}")
     saved = folder / run_folder.BEST
@@ -392,33 +399,14 @@ def _counts(feed: Feed) -> str:
     return f"{counts['train_images']} training and {counts['val_images'] or '?'} validation images"
 
 
-def _summary(run: Prepared, config: RunConfig, result: FitResult, accelerator: Accelerator) -> dict[str, Any]:
-    state, input_size = result.state, run.feed.data_config["input_size"]
-    metrics = dict(state.best["metrics"])
-    loss = metrics.pop("loss")
+def _measured(run: Prepared, result: FitResult, accelerator: Accelerator) -> dict[str, Any]:
+    """What summary.json says of a finished run's model and of the machine."""
     on_gpu = accelerator.device.type == "cuda"
     return {
-        "model": config.model.name,
-        "task": config.task.kind,
-        "data": config.data.root,
-        **run.task.facts(),
-        **run.feed.describe(),
-        "bad_files": len(state.bad_files),
-        "bad_file_names": sorted(state.bad_files),
-        "input_size": list(input_size),
-        **metrics,
-        "val_loss": loss,
-        "best_epoch": state.best_epoch,
-        "epochs": config.train.epochs,
-        "epochs_run": len(state.history),
-        "skipped_steps": state.skipped_steps,
-        "steps": state.step,
         "images_per_second": result.images_per_second,
-        "seconds": state.seconds,
         "params": cost.count_params(result.model),
-        "macs": cost.count_macs(result.model, input_size),
+        "macs": cost.count_macs(result.model, run.feed.data_config["input_size"]),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
         "threads": torch.get_num_threads(),
-        "seed": config.train.seed,
     }

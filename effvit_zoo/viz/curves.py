@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,6 +17,9 @@ from . import style
 
 PANEL_INCHES, RATE_SHARE = 12 / 2.8, 0.8
 """Width of a panel, and that of the learning rate as a share of it."""
+
+
+_BESIDE: Any = {"loc": "right", "fontsize": 9.5, "fontweight": "normal"}  # text on the line of a panel's title
 
 
 class Panel(NamedTuple):
@@ -40,6 +45,7 @@ def curves(
     rows: Sequence[Mapping[str, Any]],
     path: str | Path,
     panels: Iterable[tuple[str, str, str, bool | None]] = (),
+    loss: str = "",
 ) -> None:
     """Draws loss, metrics and learning rate over the epochs, a panel each. A panel or line without values is left out.
 
@@ -48,31 +54,64 @@ def curves(
             their text; all but `epoch` may be missing, empty or None.
         path: The file to write.
         panels: The metrics, each a `Panel` or a tuple of its values.
+        loss: What the training loss is, where it is another than the validation's and so has axes of its own.
 
     Raises:
         ValueError: There are no rows.
     """
+    drawn = _drawers(rows, panels, loss)
+    widths = [1.0] * (len(drawn) - 1) + [RATE_SHARE]
+    with style.figure(PANEL_INCHES * sum(widths), 3.9, path) as fig:
+        axes = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for ax, draw in zip(axes, drawn, strict=True):
+            draw(ax)
+
+
+def single_curves(
+    rows: Sequence[Mapping[str, Any]], panels: Iterable[tuple[str, str, str, bool | None]] = (), loss: str = ""
+) -> list[bytes]:
+    """The panels of `curves` as a PNG each, for narrow screens."""
+    images = []
+    for draw in _drawers(rows, panels, loss):
+        png = io.BytesIO()
+        with style.figure(PANEL_INCHES, 3.6, png) as fig:
+            draw(fig.subplots())
+        images.append(png.getvalue())
+    return images
+
+
+def _drawers(
+    rows: Sequence[Mapping[str, Any]], panels: Iterable[tuple[str, str, str, bool | None]], loss: str
+) -> list[Callable[[Axes], None]]:
+    """What fills the axes of each panel that has values, the learning rate's last."""
     if not rows:
         raise ValueError("no epochs to draw: expected at least one row")
-    epochs, rates = _column(rows, "epoch"), _column(rows, "lr")
-    drawn = [
-        (panel, columns)
-        for panel in (LOSS, *(Panel(*panel) for panel in panels))
-        if _any_finite(*(columns := (_column(rows, panel.training), _column(rows, panel.validation))))
-    ]
-    widths = [1.0] * len(drawn) + [RATE_SHARE]
-    with style.figure(PANEL_INCHES * sum(widths), 3.9, path) as fig:
-        *axes, rate = fig.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for ax, (panel, columns) in zip(axes, drawn, strict=True):
-            _draw(ax, panel.title, epochs, [("training", style.ORANGE), ("validation", style.BLUE)], columns)
-            if panel.higher_is_better is not None:
-                _mark_best(ax, epochs, columns[1], panel.higher_is_better)
-        _draw(rate, "Learning rate", epochs, [("", style.QUIET)], [rates])
-        rate.set_ylim(0, 1.05 * rate.get_ylim()[1])
-        rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    epochs = _column(rows, "epoch")
+
+    def values(panel: Panel, ax: Axes, columns: Sequence[list[float]]) -> None:
+        _draw(ax, panel.title, epochs, [("training", style.ORANGE), ("validation", style.BLUE)], columns)
+        if loss and panel.training == LOSS.training:
+            ax.set_title(loss, **_BESIDE, color=style.QUIET)
+        if panel.higher_is_better is not None:
+            _mark_best(ax, epochs, columns[1], panel.higher_is_better)
+
+    def rate(ax: Axes) -> None:
+        _draw(ax, "Learning rate", epochs, [("", style.QUIET)], [_column(rows, "lr")])
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         speeds = [speed for speed in _column(rows, "images_per_second") if np.isfinite(speed)]
         if speeds:
-            rate.set_xlabel(f"epoch\n{median(speeds):,.0f} training images per second")
+            ax.set_xlabel(f"epoch\n{median(speeds):,.0f} training images per second")
+
+    losses: tuple[Panel, ...] = (LOSS,)
+    if loss:
+        losses = Panel("Training loss", "train_loss", ""), Panel("Validation loss", "", "val_loss")
+    drawers: list[Callable[[Axes], None]] = []
+    for panel in (*losses, *(Panel(*panel) for panel in panels)):
+        columns = _column(rows, panel.training), _column(rows, panel.validation)
+        if _any_finite(*columns):
+            drawers.append(partial(values, panel, columns=columns))
+    return [*drawers, rate]
 
 
 def _any_finite(*columns: Sequence[float]) -> bool:
@@ -115,8 +154,6 @@ def _mark_best(ax: Axes, epochs: Sequence[float], values: Sequence[float], highe
     ax.plot(epochs[best], values[best], "o", markersize=9, markerfacecolor="none", markeredgecolor=style.BLUE)
     ax.set_title(
         f"best {values[best]:.2f} at epoch {epochs[best]:.0f}",
-        loc="right",
-        fontsize=9.5,
-        fontweight="normal",
+        **_BESIDE,
         color=style.BLUE,
     )

@@ -12,6 +12,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter
 
 from . import style
+from .fonts import drawable
 
 MAX_TEXT_CLASSES = 20
 MAX_COUNT_CLASSES = 12
@@ -26,7 +27,7 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str |
 
     Args:
         counts: (C, C) image counts.
-        class_names: C names.
+        class_names: C names; numbers stand for those that no font here can draw.
         path: The file to write.
 
     Raises:
@@ -38,16 +39,17 @@ def confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: str |
         raise ValueError(
             f"expected counts of shape {(num_classes, num_classes)} for {num_classes} names, got {counts.shape}"
         )
+    names = drawable(class_names)
     totals = counts.sum(axis=1, keepdims=True)
     percent = np.divide(100.0 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     side = float(np.clip(0.62 * num_classes, 4.2, 9))
-    with style.figure(side + 2.4, side + 1.6, path) as fig:
+    with style.figure(side + 2.4, side + 1.6, path, names) as fig:
         ax = fig.subplots()
         ax.grid(False)
         ax.set_facecolor(style.RULE)  # shows through where a class has no images
         # Errors are a few percent of a row: a linear scale would show the diagonal and nothing else.
         image = ax.imshow(percent, cmap=style.HEAT, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-        _name_ticks(ax, class_names, inches=side / num_classes)
+        _name_ticks(ax, names, inches=side / num_classes)
         ax.set(xlabel="predicted", ylabel="true")
         for spine in ax.spines.values():
             spine.set_visible(False)

@@ -74,13 +74,18 @@ def _panel(
     ax.set_xscale("log")
     ax.set_yscale("log")
     ends: list[tuple[float, float, str, str]] = []
+    tokens = sorted({n for line, *_ in lines for n in line.tokens})
+    zeros: list[str] = []
     for line, values, exponent in lines:
-        drawn = [(x, y) for x, y in zip(line.tokens, values, strict=True) if y > 0]
+        measured = dict(zip(line.tokens, values, strict=True))
+        zeros += [f"{line.name} at {n:,}" for n, value in measured.items() if value <= 0]
+        drawn = [(n, value) for n, value in measured.items() if value > 0]
         if not drawn:
             continue
         colour = colours.get(line.name, style.INK)
         ax.plot(
-            *zip(*drawn, strict=True),
+            tokens,  # the line is broken where there is no value
+            [value if (value := measured.get(n, 0)) > 0 else math.nan for n in tokens],
             color=colour,
             linestyle=(0, (4, 2)) if line.reference else "-",
             marker="o",
@@ -90,9 +95,9 @@ def _panel(
         label = line.name if exponent is None else f"{line.name}  {exponent:.2f}"
         x, y = drawn[-1]
         ends.append((x, y, label, colour))
-    tokens = sorted({n for line, *_ in lines for n in line.tokens})
-    ax.set_title(title)
-    ax.set_xlabel("tokens (side of a square image, patches of 16 pixels)")
+    ax.set_title(f"{title}, logarithmic axes")
+    left_out = f"\n0, so not on this axis: {', '.join(zeros)}" if zeros else ""
+    ax.set_xlabel(f"tokens (side of a square image, patches of 16 pixels){left_out}")
     ax.xaxis.set_major_locator(FixedLocator(tokens))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(round(value))))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image
 
 from . import style
+from .fonts import clean, is_drawable
 
 Point = Mapping[str, Any]
 
@@ -26,7 +28,7 @@ def selected_tokens(
     Args:
         image: What the model sees.
         layers: Name of a layer -> (rows, columns) of booleans, True where a patch entered it.
-        title: First line.
+        title: First line; left out where no font here can draw it.
         subtitle: Second line.
         path: The file to write.
 
@@ -42,8 +44,10 @@ def selected_tokens(
     panels = {"input": None, **layers}
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with style.figure(2.6 * columns, 0.9 + 2.85 * rows, path) as fig:
-        fig.suptitle(f"{title}\n", x=0.02, ha="left", fontsize=12, fontweight="bold")
+    with style.figure(2.6 * columns, 0.9 + 2.85 * rows, path, [title]) as fig:
+        fig.suptitle(
+            f"{clean(title) if is_drawable(title) else ''}\n", x=0.02, ha="left", fontsize=12, fontweight="bold"
+        )
         fig.text(0.02, 1 - 0.42 / fig.get_figheight(), subtitle, fontsize=9.5, color=style.QUIET, va="top")
         axes = fig.subplots(rows, columns, squeeze=False).flatten()
         for ax in axes:
@@ -65,47 +69,73 @@ def _veiled(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(inside, pixels, 0.2 * grey + 0.8 * np.array(VEIL)).astype(np.uint8)
 
 
-def metric_over_macs(
-    lines: Mapping[str, Sequence[Point]],
+def metric_over_cost(
+    name: str,
+    points: Sequence[Point],
     dense: Point,
     path: str | Path,
     *,
     key: str,
     label: str,
+    subtitle: str = "",
     controls: Mapping[str, Sequence[Point]] | None = None,
 ) -> None:
-    """Draws a metric over multiply-accumulates.
+    """Draws a metric over multiply-accumulates, and over measured time beside it; with controls also over the attention ratio.
+
+    Costs start at zero; the metric's axis does where that leaves something to see, else it says where it starts. Points are joined by
+    nothing: between them nothing was measured.
 
     Args:
-        lines: Name -> points with `macs`, `ratio` and the metric, drawn as a line with its ratios.
+        name: What was measured at several attention ratios.
+        points: Its points with `macs`, `ratio`, the metric and, where time was measured, `ms`.
         dense: The dense model's point.
         path: The file to write.
         key: The metric's key in a point.
         label: Its title, with the unit.
-        controls: Name -> points of the same form, drawn as marks without a line.
+        subtitle: On what host it was measured, and how.
+        controls: Name -> points with `ratio` and the metric; what they cost was not measured.
     """
-    colours = cycle(style.SERIES)
-    with style.figure(8, 5, path) as fig:
-        ax = fig.subplots()
-        ax.set_title("Accuracy against computation, by attention ratio")
-        ax.set_xlabel("multiply-accumulates per image, millions")
-        ax.set_ylabel(label)
-        ax.axhline(dense[key], color=style.RULE, linewidth=1, zorder=1)
-        for name, points in lines.items():
-            xs, ys = _places(sorted(points, key=lambda point: point["macs"]), key)
-            colour = next(colours)
-            ax.plot(xs, ys, marker="o", color=colour, label=name)
-            ratios: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5, "color": colour}
-            for point in points:
-                ax.annotate(f"r = {point['ratio']:g}", (point["macs"] / 1e6, point[key]), (0, 8), **ratios)
-        marks: Any = {"linestyle": "none", "marker": "_", "markersize": 12, "markeredgewidth": 2}
-        for name, points in (controls or {}).items():
-            ax.plot(*_places(points, key), color=next(colours), label=name, **marks)
-        ax.plot(*_places([dense], key), marker="D", color=style.INK, linestyle="none", label="dense")
-        ax.margins(0.12, 0.18)
-        ax.legend(frameon=False, fontsize=9, loc="lower right")
+    costs = [("multiply-accumulates per image, millions", lambda point: point["macs"] / 1e6)]
+    if all("ms" in point for point in (dense, *points)):
+        costs.append(("time per image, ms", lambda point: point["ms"]))
+    panels = len(costs) + bool(controls)
+    values = [point[key] for point in (dense, *points, *chain.from_iterable((controls or {}).values()))]
+    with style.figure(4.9 * panels, 4.6, path) as fig:
+        fig.suptitle("Token selection against the dense model\n", x=0.012, ha="left", fontsize=12, fontweight="bold")
+        fig.text(0.012, 1 - 0.42 / 4.6, subtitle, fontsize=9, color=style.QUIET, va="top")
+        axes = fig.subplots(1, panels, squeeze=False)[0]
+        for ax, (title, cost) in zip(axes, costs, strict=False):
+            ax.set_xlabel(title)
+            _scatter(ax, name, [(cost(point), point[key], f"r = {point['ratio']:g}") for point in points], style.BLUE)
+            _scatter(ax, "dense", [(cost(dense), dense[key], "dense")], style.INK, "D")
+            ax.set_xlim(0, 1.15 * max(map(cost, (dense, *points))))
+        if controls:
+            _by_ratio(axes[-1], {name: points, **controls}, key)
+        for ax in axes:
+            _honest_axis(ax, values, label)
 
 
-def _places(points: Sequence[Point], key: str) -> tuple[list[float], list[float]]:
-    """Million MACs and the metric of points."""
-    return [point["macs"] / 1e6 for point in points], [point[key] for point in points]
+def _by_ratio(ax: Axes, groups: Mapping[str, Sequence[Point]], key: str) -> None:
+    ax.set_xlabel("attention ratio")
+    for (title, points), colour in zip(groups.items(), cycle(style.SERIES), strict=False):
+        marker = "o" if points is next(iter(groups.values())) else "_"
+        _scatter(ax, title, [(point["ratio"], point[key], "") for point in points], colour, marker)
+    ax.set_xlim(-0.05, 1.05)
+    ax.legend(frameon=False, fontsize=8.5, loc="best")
+
+
+def _scatter(ax: Axes, name: str, places: Sequence[tuple[float, float, str]], colour: str, marker: str = "o") -> None:
+    """Marks without a line, each with its text."""
+    for x, y, text in places:
+        ax.annotate(text, (x, y), (0, 8), textcoords="offset points", ha="center", fontsize=8.5, color=colour)
+    xs, ys, _ = zip(*places, strict=True)
+    ax.plot(xs, ys, marker, color=colour, label=name, markersize=12 if marker == "_" else 6, markeredgewidth=2)
+
+
+def _honest_axis(ax: Axes, values: Sequence[float], label: str) -> None:
+    """From zero, or from where the values are and saying so."""
+    low, high = min(values), max(values)
+    pad = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
+    start = low - pad if 0 < high - low < 0.5 * high else 0.0
+    ax.set_ylim(start, high + 1.3 * pad)
+    ax.set_ylabel(f"{label} (axis from {start:.3g}, not from 0)" if start else label)

@@ -5,11 +5,11 @@ Figures are drawn on their own canvas; pyplot, its current figure and the caller
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,9 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import ImageFont
 
 from ..run_folder import replacing
+from .fonts import families
 
 INK, QUIET, RULE, PAPER = "#22272e", "#6b7480", "#d9dde2", "#ffffff"
 BLUE, ORANGE, GREEN = "#2f6db0", "#d4682a", "#3d8f5f"
@@ -27,7 +27,6 @@ SERIES = (BLUE, ORANGE, GREEN, "#8c5aa8", "#b98a1d", "#4a9aa8", "#b8475f", "#7a6
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f6f8fb", "#c5d8ec", "#7fabd6", "#3a78b8", "#153d6b"])
 
 _RC: Any = {
-    "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
     "text.parse_math": False,  # a class may be called "$5 note"
@@ -57,16 +56,37 @@ _RC: Any = {
 
 
 @contextmanager
-def figure(width: float, height: float, path: str | Path) -> Iterator[Figure]:
-    """A figure of the given size in inches, written to `path` (type by its suffix, 150 dpi) when the block ends."""
-    path = Path(path)
-    with matplotlib.rc_context(_RC):
+def figure(width: float, height: float, path: str | Path | BinaryIO, texts: Iterable[str] = ()) -> Iterator[Figure]:
+    """A figure of the given size in inches, written when the block ends, at 150 dpi.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        path: The file to write, of the type that its suffix says; or an open one, which gets a PNG.
+        texts: Texts in the figure that come from outside, in any script.
+    """
+    with matplotlib.rc_context(_RC | {"font.family": families(texts)}), _quiet_fonts():
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15, wspace=0.06)
         fig = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(fig)
         yield fig
-        with replacing(path) as writing:
-            fig.savefig(writing, format=path.suffix.lstrip(".") or "png", dpi=150)
+        if not isinstance(path, str | Path):
+            fig.savefig(path, format="png", dpi=150)
+            return
+        with replacing(Path(path)) as writing:
+            fig.savefig(writing, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+
+
+@contextmanager
+def _quiet_fonts() -> Iterator[None]:
+    """No warning for each font that has no bold face."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
@@ -105,10 +125,3 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]], gap: flo
 def shorten(text: str, length: int) -> str:
     """At most `length` characters, the end replaced by an ellipsis."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-@cache
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The figures' typeface for drawing on images, `size` pixels high. matplotlib ships it."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -1,0 +1,53 @@
+"""Scores of a classifier from counts of (true class, predicted class), and the interval of a share."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+
+def per_class(cells: Sequence[Sequence[int]]) -> dict[int, dict[str, Any]]:
+    """Class -> images, recall, precision and F1 in percent (None where undefined), and the class it is most often taken for.
+
+    Args:
+        cells: [true class, predicted class, count] entries.
+    """
+    true, predicted, hits = Counter[int](), Counter[int](), Counter[int]()
+    confused: dict[int, tuple[int, int]] = {}  # true class -> (count, -predicted class)
+    for t, p, count in cells:
+        true[t] += count
+        predicted[p] += count
+        if t == p:
+            hits[t] += count
+        else:
+            confused[t] = max(confused.get(t, (0, 0)), (count, -p))
+    return {
+        t: {
+            "images": true[t],
+            "recall": 100 * hits[t] / true[t],
+            "precision": 100 * hits[t] / predicted[t] if predicted[t] else None,
+            "f1": 200 * hits[t] / (true[t] + predicted[t]),
+            "taken_for": -confused[t][1] if t in confused else None,
+            "taken_for_images": confused[t][0] if t in confused else 0,
+        }
+        for t in sorted(true)
+    }
+
+
+def macro_f1(cells: Sequence[Sequence[int]]) -> float:
+    """Mean of the F1 scores in percent over the classes that occur or are predicted; one that only is predicted has 0.
+
+    Args:
+        cells: [true class, predicted class, count] entries.
+    """
+    classes = {index for true, predicted, _ in cells for index in (true, predicted)}
+    return sum(row["f1"] for row in per_class(cells).values()) / len(classes)
+
+
+def wilson_interval(share: float, number: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share that was observed in a number of independent trials; 95 % for the default `z`."""
+    centre, square = share + z**2 / (2 * number), z**2 / number
+    half = z * math.sqrt(share * (1 - share) / number + square / (4 * number))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
