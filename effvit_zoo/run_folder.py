@@ -13,11 +13,12 @@ under training/, the records of the run. Every writer here replaces a file by a 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.c
 DATA = "data.json.gz"
 """Names of the images that a run was started with; they stay on the machine."""
 CURVES, REPORT = "curves.png", "report.html"
-BEST, LAST, CHECKPOINTS, STATE = "best", "last", "checkpoints", "state.json"
-RUN_FILES = (CONFIG, SUMMARY, METRICS, BEST, LAST, CHECKPOINTS)
-"""What makes a folder a run's: a new run doesn't start where one of these is."""
+BEST, LAST, CHECKPOINTS, STATE, LOCK = "best", "last", "checkpoints", "state.json", ".lock"
+RESULTS = (SUMMARY, METRICS, BEST, LAST, f"{CHECKPOINTS}/step-*")
+"""What a run has to lose, as patterns: a new run doesn't start where one of these is."""
 
 MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
 EXTRA_KEY = "effvit_zoo"
@@ -37,8 +38,56 @@ EXTRA_KEY = "effvit_zoo"
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a folder already holds a run."""
-    return any((folder / name).exists() for name in RUN_FILES)
+    """Whether a folder holds results of a run. One that failed before its first checkpoint leaves none."""
+    return any(True for pattern in RESULTS for _ in folder.glob(pattern))
+
+
+def require_writable(folder: Path) -> None:
+    """Raises `UserError` where the folder can't be made or written to, before hours are spent on what it is for."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output {folder}: {there} is a file, expected a folder or nothing")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output {folder}: {there} is read-only, name another --output")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Creates a run folder and holds it for this process; a folder without content doesn't stay.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    with lock.open("w") as file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}: name another --output") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            for path in created:
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+
+
+def _lock(file: Any) -> None:
+    """Locks an open file for this process and not for those that it forks; where files have no locks, none is taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError from error
 
 
 def run_of(model_folder: Path) -> Path | None:
@@ -53,9 +102,18 @@ def replacing(path: Path) -> Iterator[Path]:
     writing = path.with_name(f".{path.name}.writing")
     try:
         yield writing
+        open_up(writing)
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def open_up(path: Path) -> None:
+    """Gives a file, or all files in a folder, the mode of new files: some libraries write theirs for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (each for each in (path, *path.rglob("*")) if each.is_file()):
+        file.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:

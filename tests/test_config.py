@@ -61,12 +61,12 @@ def test_values_arrive_with_their_types(written):
     "typed", ["3", "1e3", "007", "2024-01-01", "on", "no", "0x1F", "1_000", "1.50", "12:30", "text"]
 )
 def test_text_settings_keep_what_was_typed(written, typed):
-    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\naugment: {{auto_augment: {typed}}}\n"
+    text = f"model: {{name: {typed}}}\ndata: {{root: {typed}}}\ndistill: {{teacher: {typed}}}\n"
     for config in (load_config(written(text)), load_config(written("model: {name: a}"), [f"model.name={typed}"])):
         assert config.model.name == typed
         assert type(config.model.name) is str
         assert load_config(written(strict.dump(config))) == config
-    assert load_config(written(text)).augment.auto_augment == typed
+    assert load_config(written(text)).distill.teacher == typed
 
 
 def test_null_is_null_for_optional_text(written):
@@ -214,9 +214,44 @@ def test_changed_keys_are_dotted():
         ),
         (
             "model: {name: a}",
-            ["optim.warmup_epochs=10"],
-            "config optim.warmup_epochs is 10, expected fewer than train.epochs (10)",
+            ["optim.decay_rate=0.5"],
+            "config optim.decay_rate: got 0.5, but schedule is cosine: expected null",
         ),
+        ("model: {name: a}", ["optim.schedule=constant", "optim.cycles=2"], "constant has no such settings"),
+        (
+            "model: {name: a}",
+            ["optim.schedule=multistep", "optim.milestones=[4, 2]"],
+            "optim.milestones: got [4.0, 2.0], expected ascending numbers",
+        ),
+        (
+            "model: {name: a}",
+            ["optim.schedule=step", "optim.decay_epochs=90"],
+            "config optim.decay_epochs is 90, expected fewer than train.epochs (10)",
+        ),
+        *(
+            (
+                "model: {name: a}",
+                [f"augment.auto_augment={policy}"],
+                f"augment.auto_augment: got {policy!r}, expected a policy of timm such as rand-m9",
+            )
+            for policy in (
+                "randaug",
+                "rand-m9-foo1",
+                "rand-foo",
+                "rand-mx",
+                "augmix-q1",
+                "xyz",
+                "autoaug-x",
+                "rand-m9-",
+            )
+        ),
+        ("model: {name: a}", ["optim.min_lr=-1e-3"], "config key optim.min_lr: got -0.001, expected float >= 0"),
+        (
+            "model: {name: a, kwargs: {img_size: 64}}",
+            ["data.img_size=32"],
+            "model.kwargs.img_size is 64, data.img_size is 32: expected one of them",
+        ),
+        ("model: {name: a, kwargs: {img_size: small}}", [], "config key data.img_size: got 'small'"),
         ("model: {name: a}", ["train.epochs"], "expected section.key=value, got 'train.epochs'"),
         ("model: {name: a}", ["model.name.x=1"], "'name' is a value, not a section"),
         ("model: {name: a}\nmodel: {name: b}", [], "key 'model' is given twice"),
@@ -361,3 +396,60 @@ def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"config file 'none\.yaml' does not exist"):
         find_config("none.yaml")
     assert (ROOT / "configs").resolve() == CONFIGS.resolve()
+
+
+def test_overrides_of_texts_are_stored_as_typed(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {name: a}\n")
+    for typed in (
+        "no",
+        "on",
+        "1e3",
+        "2024-01-01",
+        "0123",
+        "null",
+        "~",
+        "1_000",
+        "12:30:00",
+        ".5",
+        "photos #2",
+        "#2",
+        "*.png",
+        "=",
+        "&a",
+    ):
+        assert load_config(config, [f"data.root={typed}"]).data.root == typed
+    assert load_config(config, ["data.root='no #2'"]).data.root == "no #2"
+    for typed, value in (("null", None), ("~", None), ("'null'", "null"), ("no", "no"), ("1e3", "1e3")):
+        assert load_config(config, [f"distill.teacher={typed}"]).distill.teacher == value
+    assert load_config(config, ["optim.lr=1e-3"]).optim.lr == 0.001
+    assert load_config(config, ["optim.betas=[.9, 1e-1]"]).optim.betas == (0.9, 0.1)
+    assert load_config(config, ["optim.eps=null", "data.img_size=null", "train.trackers=[]"]).optim.eps is None
+    kwargs = load_config(config, ["model.kwargs.a=null", "model.kwargs.b=1e-3", "model.kwargs.c=on"]).model.kwargs
+    assert kwargs == {"a": None, "b": 0.001, "c": True}
+
+
+def test_model_arguments_that_are_settings_move_to_their_place(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {name: a, kwargs: {drop_path_rate: 0.1}}\n")
+    moved = load_config(config, ["model.kwargs.img_size=[64, 96]", "model.kwargs.pretrained=true"])
+    assert (moved.data.img_size, moved.model.pretrained, moved.model.kwargs) == (
+        (64, 96),
+        True,
+        {"drop_path_rate": 0.1},
+    )
+    assert load_config(config, ["model.kwargs.img_size=64", "data.img_size=64"]).data.img_size == 64
+
+
+def test_what_accelerate_was_told_holds_where_the_config_is_silent(tmp_path, monkeypatch):
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {name: a}\n")
+    assert load_config(config).train.precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert load_config(config).train.precision == "bf16"
+    assert load_config(config, ["train.precision=no"]).train.precision == "no"
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert load_config(config).train.compile
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="--mixed_precision is 'fp8', expected one of no, bf16, fp16"):
+        load_config(config)

@@ -280,7 +280,7 @@ def test_undecodable_files_are_named_when_loaded(tmp_path, monkeypatch):
     Image.new("L", (200, 200)).save(root / "broken" / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     source = open_source(root)
-    assert source.notes == (f"left out of {root}: 1 files: 1 broken link (e.g. broken/gone.png)",)
+    assert source.notes == (f"left out of {root}: 1 file: 1 broken link (e.g. broken/gone.png)",)
     reasons = {
         "cut": "truncated",
         "empty": "the file is empty",
@@ -434,7 +434,15 @@ def test_torchvision_sets(tmp_path):
     assert splits.val.name(3) == f"torch/fashion_mnist@{tmp_path} val[3]"
     assert len(open_splits(f"torch/fashion_mnist@{tmp_path}", val_split=None).val) == 10
     fill(tmp_path / "photos", {"train/a": 2, "train/b": 1})
-    assert open_source(f"torch/folder@{tmp_path / 'photos'}", "train").targets.tolist() == [0, 0, 1]
+    for name in ("train/a/c.mov", "train/b/9.gif"):
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    source = open_source(f"torch/folder@{tmp_path / 'photos'}", "train")
+    assert source.targets.tolist() == [0, 0, 1]
+    folder = tmp_path / "photos" / "train"
+    assert source.notes == (
+        f"left out of {folder}: 1 file: 1 video (e.g. a/c.mov)",
+        f"3 of the 4 images in {folder} are read; data.root={folder} reads all",
+    )
     with pytest.raises(UserError, match=r"cannot open torch/cifar10@.*download=True"):
         open_splits(f"torch/cifar10@{tmp_path}")
     with pytest.raises(UserError, match="cannot open torch/cifar11: Unknown torchvision dataset cifar11"):

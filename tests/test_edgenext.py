@@ -84,13 +84,13 @@ def test_position_encoding_follows_dtype_and_device():
     encoding = PositionalEncodingFourier(8)
     x = torch.empty(1, 8, 20, 30)
     full = encoding(x)
-    assert full.shape == (20, 30, 8)
+    assert full.shape == (1, 8, 20, 30)
     half = encoding.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert half.dtype is torch.bfloat16
     assert (
         relative_error(half, full) < 1e-2
     )  # one rounding of weights, features and sum: positions themselves stayed float32
-    assert encoding.to("meta")(x.to("meta")).device.type == "meta"
+    assert encoding.to("meta")(x.to("meta", torch.bfloat16)).device.type == "meta"
     assert [key for key in encoding.state_dict() if "token_projection" not in key] == []
 
 

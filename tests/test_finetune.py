@@ -27,7 +27,7 @@ from effvit_zoo.tasks.classification import ClassificationConfig, balanced_weigh
 from effvit_zoo.training import engine
 from effvit_zoo.training.config import OptimConfig, load_config
 from effvit_zoo.training.optim import make_optimizer, make_scheduler
-from effvit_zoo.training.run import prepare
+from effvit_zoo.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_a_frozen_run_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
     class Cut(BaseException):
         pass
 
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def until(self, batches):
         if self.state.step == 3:
             raise Cut
         return original(self, batches)
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", until)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", until)
     with pytest.raises(Cut):
         train_small(tmp_path / "cut", *settings)
     monkeypatch.undo()
@@ -186,7 +186,8 @@ def test_per_class_figures():
 def test_the_surest_mistakes_are_kept(photos, tmp_path):
     """Against a plain loop over the validation images with the saved model."""
     output = tmp_path / "run"
-    assert train_small(output, f"data.root={photos}", "data.val_fraction=0.4", "optim.name=sgd", "optim.lr=1e-9") == 0
+    hardly = ["optim.name=sgd", "optim.lr=1e-6", "optim.warmup_epochs=0.9", "optim.warmup_lr=1e-9"]
+    assert train_small(output, f"data.root={photos}", "data.val_fraction=0.4", *hardly) == 0
     feed = prepare(load_config(output / "config.yaml"), 1).feed
     model = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True).eval()
     expected = []

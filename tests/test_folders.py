@@ -99,7 +99,7 @@ def test_heic_names_its_package_where_it_is_missing_and_is_read_where_it_is_ther
         monkeypatch.delitem(registry, "HEIF", raising=False)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     assert open_source(root).notes == (
-        f"left out of {root}: 1 files: 1 HEIC, read after pip install pillow-heif (e.g. cat/photo.HEIC)",
+        f"left out of {root}: 1 file: 1 HEIC, read after pip install pillow-heif (e.g. cat/photo.HEIC)",
     )
     for path in ("cat/photo.HEIC", "dog/renamed.jpg"):
         with pytest.raises(BadImage, match="HEIC, read after pip install pillow-heif"):
@@ -270,7 +270,7 @@ def test_a_run_says_classes_and_what_is_left_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     for part in (
         "classes (training+validation images): blue 20+2, red 11+1",
-        "1 files: 1 video (e.g. red/clip.mov)",
+        "1 file: 1 video (e.g. red/clip.mov)",
         "warning: 1 images stand under several labels, e.g. ",
         "photos/blue/1.png and ",
     ):

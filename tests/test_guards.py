@@ -47,14 +47,14 @@ def test_a_bad_step_changes_nothing(photos, tmp_path, monkeypatch, capsys):
     make_bad(monkeypatch, {1}, poison_statistics=True)
     settings = [f"data.root={photos}", "model.name=effzoo_swiftformer_xs", "data.img_size=32", "train.batch_size=16"]
     weights = []
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def watched(self, batches):
         result = original(self, batches)
         weights.append({key: value.clone() for key, value in self.model.state_dict().items()})
         return result
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", watched)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", watched)
     assert train_small(tmp_path / "run", *settings, "train.ema_decay=0.9") == 0
     assert "skipped step 2: its loss or gradient is not finite" in "".join(capsys.readouterr())
     before, after, last = weights
@@ -88,7 +88,7 @@ def test_good_steps_in_between_reset_the_count(photos, tmp_path, monkeypatch):
 def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monkeypatch, capsys):
     settings = [f"data.root={photos}", "train.epochs=2", "train.ema_decay=0.9"]
     assert train_small(tmp_path / "whole", *settings) == 0
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     for name, step in (("middle", 9), ("end_of_epoch", 6)):
         output = tmp_path / name
@@ -101,7 +101,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monk
                 self.stop_now = self.sigterm.received
             return result
 
-        monkeypatch.setattr(engine._Run, "_optimizer_step", terminated)
+        monkeypatch.setattr(engine.Loop, "_optimizer_step", terminated)
         with pytest.raises(SystemExit) as leaving:
             train_small(output, *settings)
         assert leaving.value.code == 0
@@ -110,7 +110,7 @@ def test_sigterm_leaves_a_checkpoint_that_goes_on_exactly(photos, tmp_path, monk
         assert f"Interrupted by a signal to stop after {step // 9} of 2 epochs, step {step} of 12" in page
         assert f"effzoo train --resume {output}" in page
         assert ("top-1" in page) == (step == 9)  # no epoch had been measured before
-        monkeypatch.setattr(engine._Run, "_optimizer_step", original)
+        monkeypatch.setattr(engine.Loop, "_optimizer_step", original)
         assert (output / "checkpoints" / f"step-{step:08d}").is_dir()
         assert train_small(output, *settings, more=["--resume", "auto"]) == 0
         assert "Interrupted" not in (output / "report.html").read_text()
@@ -140,13 +140,13 @@ def test_a_dead_loader_worker_is_one_line(photos, tmp_path, monkeypatch, capsys)
             raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
             yield
 
-    original = engine._Run.__init__
+    original = engine.Loop.__init__
 
     def init(self, task, objective, model, feed, *args):
         object.__setattr__(feed, "train_batches", lambda *_: Dying())
         original(self, task, objective, model, feed, *args)
 
-    monkeypatch.setattr(engine._Run, "__init__", init)
+    monkeypatch.setattr(engine.Loop, "__init__", init)
     assert train_small(tmp_path / "run", f"data.root={photos}") == 2
     errors = capsys.readouterr().err.splitlines()
     assert "a loader worker died (DataLoader worker (pid 77) is killed by signal: Killed.)" in errors[-1]

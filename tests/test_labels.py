@@ -1,5 +1,6 @@
 """Labels in a table: every spelling of it that people have, every row accounted for, and the held-out part found again."""
 
+import json
 import os
 import shutil
 
@@ -114,6 +115,10 @@ def test_the_held_out_part_of_a_table_is_found_again(flat, tmp_path):
         assert measured(moved, record) == want_part
         assert open_measured(root, record=record, labels=place).fingerprint == record["val"]["names"]
         place.unlink()
+        with pytest.raises(
+            UserError, match=r"trained with labels in .*labels\.csv, which is not there: name the table"
+        ):
+            open_measured(root, record=record)
 
 
 def test_mistakes_with_tables_are_one_line_each(flat, tmp_path):
@@ -162,5 +167,9 @@ def test_a_run_with_a_table_is_validated_on_what_it_held_out(tmp_path, capsys):
     assert train_small(tmp_path / "run", f"data.root={root}", "data.labels=labels.csv", "data.val_fraction=0.25") == 0
     assert "blu 9+3, red 9+3" in capsys.readouterr().out
     assert summary(tmp_path / "run")["val_images"] == 6
-    assert main(["validate", "--model", str(tmp_path / "run"), "--data", str(root), "--workers", "0"]) in (0, None)
-    assert "on 6 images" in capsys.readouterr().out
+    results = tmp_path / "results.json"
+    more = ["--data", str(root), "--workers", "0", "--results-file", str(results)]
+    assert main(["validate", "--model", str(tmp_path / "run"), *more]) == 0
+    row = json.loads(results.read_text())
+    assert (row["split"], row["images"]) == ("held-out part", 6)
+    assert "is read by the table" in capsys.readouterr().out

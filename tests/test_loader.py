@@ -62,8 +62,10 @@ def test_epochs_and_seeds_differ_in_order():
 
 
 def test_too_few_images_to_share():
-    with pytest.raises(UserError, match="3 images can't be shared by 2 processes x 2 accumulation steps: at least 4"):
-        BatchPlan(3, 8, num_processes=2, grad_accum=2)
+    with pytest.raises(
+        UserError, match=r"3 training images can't be shared by 2 processes x 2 accumulation steps .*: at least 4"
+    ):
+        BatchPlan(3, 8, num_processes=2, grad_accum=2).require_shares()
 
 
 def test_mixed_seeds_are_distinct():

@@ -737,7 +737,7 @@ def test_fine_tuning_from_the_hub(the_hub, trained, tmp_path):
     """train.py starts from a pushed model as from any other, with a head for its own classes."""
     from effvit_zoo.tasks import Classification
     from effvit_zoo.training.config import load_config
-    from effvit_zoo.training.run import build_model
+    from effvit_zoo.training.prepare import build_model
 
     push(trained, NAME)
     (tmp_path / "c.yaml").write_text(f"model: {{name: 'hf-hub:{NAME}'}}\n")

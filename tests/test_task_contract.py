@@ -57,17 +57,17 @@ def test_it_resumes_after_a_kill_to_the_same_bits(run, photos, tmp_path, monkeyp
     class Cut(BaseException):
         """Stands for a kill: nothing in the program may catch it."""
 
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def until(self, batches):
         if self.state.step == 11:
             raise Cut
         return original(self, batches)
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", until)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", until)
     with pytest.raises(Cut):
         train_small(tmp_path / "cut", *SETTINGS, f"data.root={photos}")
-    monkeypatch.setattr(engine._Run, "_optimizer_step", original)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", original)
     assert train_small(tmp_path / "cut", *SETTINGS, f"data.root={photos}", more=["--resume", "auto"]) == 0
     for name in ("best", "last"):
         whole, cut = (load_file(folder / name / "model.safetensors") for folder in (run, tmp_path / "cut"))

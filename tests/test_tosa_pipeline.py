@@ -95,17 +95,17 @@ def test_a_cut_in_any_stage_changes_nothing(config, whole, tmp_path, monkeypatch
     class Cut(BaseException):
         """Stands for a kill: nothing in the program may catch it."""
 
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def until(self, batches):
         if self.folder.name == stage and self.state.step == 7:
             raise Cut
         return original(self, batches)
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", until)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", until)
     with pytest.raises(Cut):
         run(config, tmp_path / "cut")
-    monkeypatch.setattr(engine._Run, "_optimizer_step", original)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", original)
     assert run(config, tmp_path / "cut", "--resume", "auto") == 0
     for name in ("1-dense/best", "start", "2-selectors/last", "3-finetune/last"):
         expected, found = weights(whole / name), weights(tmp_path / "cut" / name)

@@ -103,17 +103,17 @@ def test_resume_is_exact_wherever_a_run_was_cut(photos, config, tmp_path, monkey
     class Cut(BaseException):
         """Stands for a kill: nothing in the program may catch it."""
 
-    original = engine._Run._optimizer_step
+    original = engine.Loop._optimizer_step
 
     def until(self, batches):
         if self.state.step == cut:
             raise Cut
         return original(self, batches)
 
-    monkeypatch.setattr(engine._Run, "_optimizer_step", until)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", until)
     with pytest.raises(Cut):
         run(config, tmp_path / "cut", *settings)
-    monkeypatch.setattr(engine._Run, "_optimizer_step", original)
+    monkeypatch.setattr(engine.Loop, "_optimizer_step", original)
     assert run(config, tmp_path / "cut", *settings, more=["--resume", "auto"]) == 0
     for name in ("best", "last"):
         whole, resumed = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "cut"))
@@ -201,11 +201,22 @@ def test_a_taken_folder_is_left_alone(photos, config, tmp_path, capsys):
             "config key train.trackers: got 'tensorbored', expected one of tensorboard, wandb",
         ),
         (["model.kwargs.depht=3"], [], "depht"),
+        (["optim.name=sgd", "optim.betas=[0.9, 0.99]"], [], "optim.betas is [0.9, 0.99], expected null with sgd"),
         (
-            ["optim.warmup_epochs=10", "train.epochs=5"],
+            ["model.kwargs.pretrained_cfg_overlay={mean: [0.5, 0.5]}"],
             [],
-            "optim.warmup_epochs is 10, expected fewer than train.epochs (5)",
+            "mean is [0.5, 0.5], expected one number or three",
         ),
+        (
+            ["model.kwargs.pretrained_cfg_overlay={interpolation: cubic}"],
+            [],
+            "interpolation is 'cubic', expected one of nearest",
+        ),
+        (["optim.betas=[0.9]"], [], "optim.betas is [0.9], expected 2 numbers with adamw"),
+        (["optim.name=sgd", "optim.eps=1e-6"], [], "optim.eps is 1e-06, expected null: sgd has none"),
+        (["model.kwargs.num_classes=7"], [], "model.kwargs.num_classes is 7, the data has 2 classes"),
+        (["model.kwargs.in_chans=[3]"], [], "model.kwargs.in_chans is [3], expected 3 (RGB) or 1 (grey)"),
+        (["model.kwargs.features_only=true"], [], "model.kwargs.features_only is not a setting of the network"),
         ([], ["--resume", "EMPTY"], "is not a run folder: it has no config.yaml"),
         ([], ["--resume", "nowhere"], "is not a run folder: there is no such folder"),
         ([], ["--config", "nowhere.yaml"], "config file 'nowhere.yaml' does not exist"),

@@ -12,7 +12,7 @@ import time
 
 from effvit_zoo.errors import OneLineParser, run_command
 from effvit_zoo.training.config import load_config
-from effvit_zoo.training.run import prepare
+from effvit_zoo.training.prepare import prepare
 
 
 def rate(settings: list[str], seconds: float) -> float:

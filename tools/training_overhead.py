@@ -35,9 +35,9 @@ import effvit_zoo  # registers effzoo_*
 from effvit_zoo.data import Batch
 from effvit_zoo.measure.allocator import keep_freed_memory
 from effvit_zoo.training.config import RunConfig, load_config
-from effvit_zoo.training.engine import fit
+from effvit_zoo.training.engine import Loop
 from effvit_zoo.training.optim import make_optimizer
-from effvit_zoo.training.run import prepare
+from effvit_zoo.training.prepare import prepare
 
 
 class Bare(Dataset):
@@ -121,7 +121,7 @@ def engine_rate(
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(_Enough),
     ):
-        fit(task, Counted(), prepared.model, prepared.feed, config, Accelerator(), Path(folder))
+        Loop(task, Counted(), prepared.model, prepared.feed, config, Accelerator(), Path(folder)).run()
     return rates
 
 

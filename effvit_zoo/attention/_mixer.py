@@ -8,9 +8,10 @@ Layout: (B, N, C) -> (B, N, C), heads inside: B batch, N tokens, C channels, H h
 """
 
 import math
-from typing import Any, Callable, ClassVar, NamedTuple, Optional, Tuple, Type
+from typing import Any, Callable, ClassVar, NamedTuple, Optional, Tuple, Type, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import nn
 
@@ -38,6 +39,22 @@ def refuse_mask(mechanism: str, attn_mask: Optional[torch.Tensor], is_causal: bo
         raise ValueError(f"{mechanism} attends to every token, got an attn_mask, expected None")
     if is_causal:
         raise ValueError(f"{mechanism} is bidirectional, got is_causal=True, expected False")
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is a product with its weight and nothing else, so that the product may be computed in another way.
+
+    Adapters and quantisation exchange the layer, pruning and observers hook into its call, and offloading replaces its `forward`.
+    """
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not any(hooks)
+
+
+def _outputs(layer: nn.Module, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A part of a linear layer's outputs; fx records the call."""
+    if isinstance(x, torch.fx.Proxy) or not is_plain_linear(layer):
+        return layer(x)[..., start:stop]
+    return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
 
 
 class TokenMixer(nn.Module):
@@ -127,6 +144,14 @@ class TokenMixer(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
         return self.q_norm(q), self.k_norm(k), v
+
+    def project_part(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Outputs `start` to `stop` of `qkv`, (B, N, C) -> (B, N, stop - start); a plain layer computes no others."""
+        if torch.jit.is_scripting():
+            part = self.qkv(x)[..., start:stop]
+        else:
+            part = _outputs(self.qkv, x, start, stop)
+        return part
 
     def project_out(self, x: torch.Tensor) -> torch.Tensor:
         """Mixed heads (B, H, N, D) -> tokens (B, N, C)."""

@@ -151,10 +151,10 @@ class EfficientAdditiveMixer(TokenMixer):
 
     def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
-        weight, bias = self.qkv.weight, self.qkv.bias
-        qk = F.linear(x, weight[: 2 * C], None if bias is None else bias[: 2 * C])
-        q, k = qk.reshape(B, N, 2, self.num_heads, self.head_dim).unbind(2)  # (B, N, H, D) each
+        q, k = (
+            self.project_part(x, 0, 2 * C).reshape(B, N, 2, self.num_heads, self.head_dim).unbind(2)
+        )  # (B, N, H, D) each
         q, k = self.q_norm(q).reshape(B, N, C), self.k_norm(k).reshape(B, N, C)
         context, q = efficient_additive_attention(q, k, self.w_g)
-        x = F.linear(context, weight[2 * C :], None if bias is None else bias[2 * C :]) + q
+        x = self.project_part(context, 2 * C, 3 * C) + q
         return self.proj_drop(self.proj(self.norm(x)))

@@ -112,7 +112,6 @@ class ConvModulationMixer(GridMixer):
 
     def mix_tokens(self, x: torch.Tensor) -> torch.Tensor:
         C = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        patches = F.linear(x[:, self.num_prefix_tokens :], weight[:C], None if bias is None else bias[:C])
-        v = F.linear(x, weight[2 * C :], None if bias is None else bias[2 * C :])
+        patches = self.project_part(x[:, self.num_prefix_tokens :], 0, C)
+        v = self.project_part(x, 2 * C, 3 * C)
         return self.proj_drop(self.proj(self.norm(self.modulate(patches, v))))

@@ -28,7 +28,7 @@ from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
 from ..measure.timing import time_in_turns
 from ..report.rows import check_output, make_console, write_rows
-from ..training.run import try_size
+from ..training.prepare import try_size
 
 MODELS = ("swin_tiny_patch4_window7_224", "efficientvit_b1", "edgenext_small", "swiftformer_s")
 MEMORY_SIDE = 1024

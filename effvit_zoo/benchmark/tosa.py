@@ -43,7 +43,7 @@ from ..report.rows import check_output, make_console, write_rows
 from ..tasks import Section
 from ..tasks import Table as ReportTable
 from ..training.config import load_run
-from ..training.run import prepare
+from ..training.prepare import prepare
 from ..viz.selection import metric_over_cost
 
 RATIOS_FIGURE = "ratios.png"

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|FOLDER",
         help="resume: auto from the latest checkpoint in the output folder, or from run FOLDER",
     )
-    parser.add_argument("--allow-change", metavar="KEY", help="config keys that may differ on resuming", **lists)  # type: ignore[arg-type]
+    allowed = "config keys that may differ on resuming; data.files for other images"
+    parser.add_argument("--allow-change", metavar="KEY", help=allowed, **lists)  # type: ignore[arg-type]
     parser.add_argument(
         "--dry-run",
         action="store_true",

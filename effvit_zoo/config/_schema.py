@@ -25,6 +25,11 @@ def _text(value: Any) -> Any:
     return str(value) if is_number or isinstance(value, ScalarText) else value
 
 
+def _null(value: Any) -> Any:
+    """None for a null, where the type has one."""
+    return None if isinstance(value, ScalarText) and value.value is None else value
+
+
 def _number(value: Any) -> Any:
     try:
         return float(value) if type(value) is str else plain(value)
@@ -63,7 +68,8 @@ def _strict(hint: Any) -> Any:
     if origin is typing.Literal:
         return Annotated[hint, BeforeValidator(functools.partial(_choice, arguments))]
     if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007
+        union: Any = typing.Union[tuple(map(_strict, arguments))]  # noqa: UP007
+        return Annotated[union, BeforeValidator(_null)] if types.NoneType in arguments else union
     return origin[tuple(map(_strict, arguments))] if origin in (tuple, dict) else hint
 
 

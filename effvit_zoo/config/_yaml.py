@@ -13,11 +13,12 @@ from ..errors import UserError, one_line
 
 
 class ScalarText(str):
-    """A number or truth value as it was typed, e.g. "007", "1e3" or "on": a text field takes the text, any other one `value`."""
+    """A number or truth value as it was typed, e.g. "007", "1e3" or "on": a text field takes the text, any other one `value`. In an
+    override `null` is one too."""
 
-    value: bool | int | float
+    value: bool | int | float | None
 
-    def __new__(cls, text: str, value: bool | int | float) -> ScalarText:
+    def __new__(cls, text: str, value: bool | int | float | None) -> ScalarText:
         scalar = super().__new__(cls, text)
         scalar.value = value
         return scalar
@@ -72,7 +73,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
-    if content is None:
+    if plain(content) is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections with keys, got {type(plain(content)).__name__}")
@@ -80,7 +81,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Sets `section.key=value` entries in place; the value is read as YAML, so `1e-3`, `true`, `[1, 2]` and `null` work."""
+    """Sets `section.key=value` entries in place; the value is read as YAML, so `1e-3`, `true`, `[1, 2]` and `null` work.
+
+    A text is taken as it was typed: what would be a comment in a file (`photos #2`) belongs to it, quotes around it don't.
+    """
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
@@ -91,6 +95,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
             raise UserError(f"{override!r}: {error}") from None
         except (yaml.YAMLError, ValueError):
             value = text
+        value = _as_typed(text.strip(), value)
         *sections, leaf = key.strip().split(".")
         place = content
         for name in sections:
@@ -98,6 +103,13 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> None:
             if not isinstance(place, dict):
                 raise UserError(f"{override!r}: {name!r} is a value, not a section")
         place[leaf] = value
+
+
+def _as_typed(text: str, value: Any) -> Any:
+    """The value of an override with the whole text that was typed for it, unless that is quoted or a list or mapping."""
+    if not text or text[0] in "'\"!" or isinstance(value, list | dict):
+        return value
+    return text if type(value) is str else ScalarText(text, plain(value))
 
 
 def plain(value: Any) -> Any:

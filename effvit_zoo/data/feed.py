@@ -28,6 +28,7 @@ class Feed(Protocol):
         splits: Training and validation samples.
         data_config: timm's preprocessing settings (input_size, mean, std, crop_pct, interpolation), saved with the model.
         steps_per_epoch: Optimizer steps of an epoch.
+        plan: How images are cut into steps and micro-batches.
     """
 
     @property
@@ -38,6 +39,9 @@ class Feed(Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    @property
+    def plan(self) -> BatchPlan | WholeBatches: ...
 
     def step_size(self, step: int) -> int:
         """Images in an optimizer step, over all processes."""
@@ -86,7 +90,7 @@ class PlannedFeed(_Feed):
     num_workers: int
 
     def __post_init__(self) -> None:
-        self.val_batches(0)  # too few images to share are an error now, not after an epoch
+        self.plan.require_shares()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -151,9 +155,10 @@ class StreamFeed(_Feed):
                 f"{train.title} has classes that the class map leaves out: how many images are left isn't known, "
                 "which it has to be for training"
             )
+        if isinstance(self.plan, BatchPlan):
+            self.plan.require_shares()
         if self.steps_per_epoch < 1:
             raise UserError(f"{train.title} has {train.num_samples} images, fewer than one optimizer step takes")
-        self.val_batches(0)  # too few images to share are an error now, not after an epoch
 
     @property
     def train(self) -> StreamSource:
@@ -250,7 +255,8 @@ def validation_batches(
     process: int = 0,
     num_processes: int = 1,
 ) -> DataLoader:
-    """A process's share of data to validate on, in its stored order, in the same number of batches as every other process's.
+    """A process's share of data to validate on, in its stored order, in the same number of batches as every other process's. Where
+    there are fewer images than processes, some of the shares are empty.
 
     Where timm distributes a stream's shards, it pads the shares of several processes to the same number of images.
 
@@ -261,9 +267,6 @@ def validation_batches(
         num_workers: Loader workers.
         process: Index of this process.
         num_processes: Processes that share the data.
-
-    Raises:
-        UserError: Fewer images than processes.
     """
     if not isinstance(source, StreamSource):
         plan = BatchPlan(len(source), batch_size, num_processes)

@@ -38,7 +38,8 @@ class LeftOut:
         if not self.counts:
             return ()
         parts = [f"{count} {reason} (e.g. {self.examples[reason]})" for reason, count in self.counts.most_common()]
-        return (f"left out of {where}: {self.counts.total()} {what}: {'; '.join(parts)}",)
+        total = self.counts.total()
+        return (f"left out of {where}: {total} {what if total > 1 else what.removesuffix('s')}: {'; '.join(parts)}",)
 
 
 @dataclass

@@ -72,7 +72,7 @@ def open_measured(
     candidate = _Candidate(Root.find(root, img_mode, download, kinds, labels), class_map)
     source: Any
     is_automatic = candidate.is_automatic(split, record)
-    source, shown, is_recorded = candidate.find(record, kinds) if is_automatic else _Found(None, "")
+    source, shown, is_recorded = _find(candidate, record, kinds) if is_automatic else _Found(None, "")
     if split != "auto" and shown != HELD_OUT:
         fraction, seed = record.get("val_fraction", val_fraction), record.get("split_seed", split_seed)
         options: dict[str, Any] = {"class_map": class_map, "download": download, "img_mode": img_mode, "kinds": kinds}
@@ -92,6 +92,18 @@ class _Found(NamedTuple):
     source: Any
     split: str
     is_recorded: bool = False
+
+
+def _find(candidate: _Candidate, record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> _Found:
+    """What the record says to measure. Raises `UserError`, which names a table of labels that is missing."""
+    try:
+        return candidate.find(record, kinds)
+    except UserError as error:
+        if not record.get("labels") or candidate.root.request.kind != "folder":
+            raise
+        raise UserError(
+            f"{error} (the model was trained with labels in {record['labels']}, which is not there: name the table by --data)"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,13 @@ class BatchPlan:
     repeats: int = 1
     sizes: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
+    def require_shares(self) -> None:
+        """Raises `UserError` where a training step would leave a process without an image; validation may."""
         pieces = self.num_processes * self.grad_accum
         if self.num_images < pieces:
             raise UserError(
-                f"{self.num_images} images can't be shared by {self.num_processes} processes x {self.grad_accum} accumulation steps: "
-                f"at least {pieces} are needed"
+                f"{self.num_images} training images can't be shared by {self.num_processes} processes x {self.grad_accum} accumulation "
+                f"steps (train.grad_accum): at least {pieces} are needed"
             )
 
     @property
@@ -105,6 +106,11 @@ class BatchPlan:
         steps = -(-self.num_images // (self.batch_size * pieces))
         # the second term counts only where batch_size is 1: no piece may stay empty
         return max(1, min(steps, self.num_images // pieces))
+
+    @property
+    def smallest_batch(self) -> int:
+        """Fewest images in a micro-batch of a process."""
+        return self.num_images // self.steps_per_epoch // self.grad_accum // self.num_processes
 
     def step_size(self, step: int) -> int:
         """Images in an optimizer step (0-based over the whole run), over all processes and micro-batches."""

@@ -18,7 +18,6 @@ import re
 from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -75,7 +74,7 @@ def _features_of_size(height: int, width: int, wavelengths: Tuple[float, ...], d
 
 
 class PositionalEncodingFourier(nn.Module):
-    """Fourier features of the pixels' positions, mapped to the network's width: (B, C, H, W) -> (H, W, C).
+    """Fourier features of the pixels' positions, mapped to the network's width: (B, C, H, W) -> (1, C, H, W).
 
     Only the input's size and device matter. Features are float32 whatever the model's dtype; they follow from the size alone and are cached
     for the whole process.
@@ -92,8 +91,8 @@ class PositionalEncodingFourier(nn.Module):
             features = fourier_features(x, self.wavelengths)
         else:
             features = self.features(x)
-        weight, bias = self.token_projection.weight, self.token_projection.bias
-        return F.linear(features.to(weight.dtype), weight.flatten(1), bias)
+        features = features.to(x.dtype).permute(2, 0, 1).unsqueeze(0)
+        return self.token_projection(features)
 
     @torch.jit.ignore
     def features(self, x: torch.Tensor) -> torch.Tensor:
@@ -280,7 +279,7 @@ class SplitTransposeBlock(MlpBranch):
         if not self.norm_first:
             x = self.norm_xca(x)
         if self.pos_embd is not None:
-            x = x + self.pos_embd(x).permute(2, 0, 1)
+            x = x + self.pos_embd(x)
         return shortcut + self.branch(x + self.attend(self.norm_xca(x) if self.norm_first else x))
 
     def mix_scales(self, x: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._input import update_model_input_size
 from torch import nn
 
+from ..attention._mixer import is_plain_linear
 from ..attention._recording import is_eager_inference, is_traced, remember
 from ..attention.window import WindowAttention, crop_bias, window_kinds, window_rows
 from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
@@ -134,7 +135,7 @@ def _apply_inplace(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _add_linear(x: torch.Tensor, y: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """x + layer(y), written to x; a plain linear layer accumulates its products directly in x."""
-    if type(layer) is nn.Linear and layer.bias is not None:
+    if is_plain_linear(layer) and layer.bias is not None:
         return x.add_(layer.bias).addmm_(y, layer.weight.t())
     return x.add_(layer(y))
 

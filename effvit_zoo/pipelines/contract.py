@@ -147,7 +147,7 @@ class Pipeline:
         recorded = folder / run_folder.CONFIG
         if resume not in (None, "auto"):
             raise UserError(f"--resume {resume}: a pipeline resumes in its --output folder, expected auto")
-        if recorded.is_file():
+        if recorded.is_file() and self._has_results(folder):
             if resume is None and stage is None:
                 raise UserError(f"{folder} already holds a run: resume it with --resume auto, or name another --output")
             changed = strict.changed_keys(self.load(recorded), config)
@@ -155,10 +155,15 @@ class Pipeline:
                 names = ", ".join(changed)
                 raise UserError(f"{folder} was started with other settings of {names}: resume with the same")
             return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not recorded.is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not a pipeline's folder: name another --output")
         process_state().wait_for_everyone()
         on_main_process(lambda: run_folder.write_text(recorded, strict.dump(config)))
+
+    def _has_results(self, folder: Path) -> bool:
+        """Whether a stage has got to its first checkpoint, or has handed on a model."""
+        runs = any(run_folder.is_taken(folder / row.folder) for row in self.stages)
+        return runs or any((folder / row.reads / run_folder.MODEL_CONFIG).is_file() for row in self.stages if row.reads)
 
 
 def _run(stage: Stage, run_config: RunConfig, folder: Path, config: Any) -> None:

@@ -35,8 +35,8 @@ from ..models import AtRatio, SelectorLosses, to_dense, to_tosa
 from ..models.tosa_vit import ToSAViT
 from ..report.run_page import write_summary
 from ..tasks import TASKS, DistillConfig, Objective, Task
-from ..training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from ..training.run import build_model, prepare
+from ..training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, parse_run
+from ..training.prepare import build_model, prepare
 from ._report import history
 from .contract import Pipeline, Stage, is_done
 
@@ -118,8 +118,7 @@ class ToSAConfig:
 def _run_config(
     config: ToSAConfig, stage: StageConfig, model: ModelConfig, distill: DistillConfig | None = None
 ) -> Any:
-    return strict.parse(
-        RunConfig,
+    return parse_run(
         {
             "model": strict.as_dict(model),
             "data": strict.as_dict(config.data),

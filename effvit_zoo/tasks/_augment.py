@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from timm.data import create_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 
 from ..config import section
 from ..data import Transforms, image_only, validation_transform
 from .contract import Augment
 
+POLICIES = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+"""First part of a policy string -> timm's parser; the others are `auto_augment_transform`'s."""
+
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _known_policy(policy: str | None) -> str | None:
+    if policy is None:
+        return None
+    expected = "expected a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0"
+    kind, *parts = policy.split("-")
+    # timm ignores a part without a number, e.g. the "foo" of rand-foo
+    if any(
+        re.fullmatch(r"t\w+" if kind == "rand" and part[:1] == "t" else r"[a-z]+\d+(\.\d+)?", part) is None
+        for part in parts
+    ):
+        raise ValueError(expected)
+    try:
+        POLICIES.get(kind, auto_augment_transform)(policy, {"translate_const": 1, "img_mean": (0, 0, 0)})
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(expected) from error
+    return policy
 
 
 @section
@@ -29,8 +52,8 @@ class ImageAugment(Augment):
     vflip: Probability = 0.0
     """Probability of a vertical flip."""
     color_jitter: Annotated[float, Field(ge=0)] = 0.0
-    """Strength of random brightness, contrast and saturation."""
-    auto_augment: str | None = None
+    """Strength of random brightness, contrast and saturation; without effect where `auto_augment` is on, as in timm."""
+    auto_augment: Annotated[str | None, AfterValidator(_known_policy)] = None
     """timm's policy string, e.g. rand-m9-mstd0.5-inc1; None for none."""
     random_erasing: Probability = 0.0
     """Probability of erasing a rectangle."""

@@ -163,8 +163,7 @@ class Classification(Task):
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Classification:
-        num_classes = int(getattr(model, "num_classes", 0) or 0)
-        if not num_classes:
+        if not (num_classes := int(getattr(model, "num_classes", 0) or 0)):
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
         return cls(num_classes, labels=hub.label_names(model), shown=hub.class_names(model))
 
@@ -201,6 +200,8 @@ class Classification(Task):
     # model
 
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+        if (given := kwargs.get("num_classes", self.num_classes)) != self.num_classes:
+            raise UserError(f"model.kwargs.num_classes is {given}, the data has {self.num_classes} classes")
         return hub.load(name, pretrained=pretrained, **{**kwargs, "num_classes": self.num_classes})
 
     @property

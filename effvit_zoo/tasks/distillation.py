@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from .. import hub
@@ -65,7 +66,9 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         config = resolve_data_config({}, model=model)
-        self.size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.size: tuple[int, int] = tuple(
+            get_model_input_config(model)["input_size"][1:]
+        )  # that of `img_size` if it was given
         self.channels = int(config["input_size"][0])
         if self.channels not in (1, 3):
             raise UserError(f"the teacher takes {self.channels} channels, expected 3 (RGB) or 1 (grey)")

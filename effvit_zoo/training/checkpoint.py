@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 
 from ..errors import UserError, one_line
-from ..run_folder import CHECKPOINTS, STATE
+from ..run_folder import CHECKPOINTS, STATE, open_up
 from ..tasks import Evaluation, Metric
 
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -100,6 +100,7 @@ def _write(run: Path, accelerator: Accelerator, ema: ModelEmaV3 | None, state: R
                 {key: value.contiguous() for key, value in ema.module.state_dict().items()}, writing / "ema.safetensors"
             )
         (writing / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        open_up(writing)
         for path in writing.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:

@@ -21,10 +21,25 @@ from ..config import one_of, section
 from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
 from ..tasks import DistillConfig
+from ._processes import launched_compile, launched_precision
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+SCHEDULE_SETTINGS = {
+    "cosine": ("cycles", "cycle_decay"),
+    "tanh": ("cycles", "cycle_decay"),
+    "step": ("decay_epochs", "decay_rate"),
+    "multistep": ("milestones", "decay_rate"),
+    "poly": ("power", "cycles", "cycle_decay"),
+    "wsd": ("decay_epochs",),
+    "rsqrt": ("decay_epochs", "timescale_epochs"),
+}
+"""Schedule -> the settings in `optim` that it alone has."""
+
+ONE_SETTING = {"img_size": "data.img_size", "pretrained": "model.pretrained"}
+"""Arguments of models that are settings of a run -> their keys."""
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 """The configs that the package ships."""
@@ -61,11 +76,11 @@ class OptimConfig:
     """Number of images per step that `lr` refers to: the rate becomes lr * images / lr_base_batch. Null for `lr` unchanged."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Weight decay; biases and norms are exempt."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of optimizers that have one, e.g. SGD."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] | None = None
     """Decay rates of the gradient's running moments; null for the optimizer's default."""
-    eps: float | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
     """Term added to denominators for stability; null for the optimizer's default."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor of the learning rate from each layer to the layer below it; null for one rate."""
@@ -75,14 +90,40 @@ class OptimConfig:
     """Clipping by the norm of all gradients, by value, or adaptively relative to the weights (`agc`, arXiv:2102.06171)."""
     schedule: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = "cosine"
     """timm's learning-rate schedule, updated at every optimizer step."""
+    min_lr: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the end of cosine, tanh, poly, wsd and rsqrt."""
+    decay_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Epochs from one decay of `step` to the next, null for 0.3 of the run; or length of the last phase of `wsd` and `rsqrt`, in
+    which the rate falls to `min_lr`, null for 0.2 of it."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the rate at each decay of `step` and `multistep`; null for 0.1."""
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Numbers of epochs after which `multistep` decays; null for 0.3, 0.6 and 0.9 of the run."""
+    power: Annotated[float, Field(gt=0)] | None = None
+    """Exponent of `poly`: the rate is proportional to (1 - t) ** power, t from 0 to 1; null for 0.9."""
+    cycles: Count | None = None
+    """Number of equal parts of the run, at the start of each of which cosine, tanh and poly begin anew; null for 1."""
+    cycle_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor of the peak rate from one of the `cycles` to the next; null for 1."""
+    timescale_epochs: Annotated[float, Field(gt=0)] | None = None
+    """`rsqrt` is proportional to (1 + epochs / timescale_epochs) ** -0.5; null for the length of the warm-up, or 1 without one."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Length of the linear warm-up in epochs."""
-    warmup_lr: float = 1e-6
+    """Length of the linear warm-up in epochs; a tenth of a run that is not longer than it."""
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the start of the warm-up."""
     warmup_prefix: bool = False
     """Start of the schedule after the warm-up; otherwise the warm-up replaces its first steps."""
-    min_lr: float = 1e-6
-    """Learning rate at the end of the schedule."""
+
+    def __post_init__(self) -> None:
+        taken = SCHEDULE_SETTINGS.get(self.schedule, ())
+        for name in dict.fromkeys(name for names in SCHEDULE_SETTINGS.values() for name in names):
+            if getattr(self, name) is not None and name not in taken:
+                has = f"{self.schedule} has {', '.join(taken)}" if taken else f"{self.schedule} has no such settings"
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, but schedule is {self.schedule}: expected null ({has})"
+                )
+        if self.milestones is not None and list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones: got {list(self.milestones)}, expected ascending numbers")
 
 
 @section
@@ -103,8 +144,8 @@ class TrainConfig:
     """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
     patience: CountOrZero = 0
     """Number of epochs without a better validation metric after which training stops; 0 for no early stopping."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; `no` for float32."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Mixed precision; `no` for float32, null for that of `accelerate launch`, or float32 without it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of the averaged weights, which are then the ones validated and saved; 0 for no averaging."""
     channels_last: bool = False
@@ -177,13 +218,15 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs is {self.optim.warmup_epochs:g}, expected fewer than train.epochs ({self.train.epochs})"
-            )
+        optim, epochs = self.optim, self.train.epochs
+        for name, values in {"decay_epochs": (optim.decay_epochs,), "milestones": optim.milestones or ()}.items():
+            late = [value for value in values if value is not None and value >= epochs]
+            if late:
+                raise ValueError(f"optim.{name} is {late[0]:g}, expected fewer than train.epochs ({epochs})")
 
     def resolve_for_processes(self, num_processes: int) -> RunConfig:
-        """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes.
+        """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes, and with
+        a warm-up that fits into the run and rates at both ends that are not above the peak.
 
         Raises:
             UserError: `global_batch` is not a multiple of the images that all processes take in one forward pass.
@@ -200,14 +243,38 @@ class RunConfig:
         if optim.lr_base_batch is not None:
             images = at_once * train.grad_accum
             optim = replace(optim, lr=optim.lr * images / optim.lr_base_batch, lr_base_batch=None)
+        if optim.warmup_epochs >= train.epochs:
+            optim = replace(optim, warmup_epochs=train.epochs / 10)
+        optim = replace(optim, min_lr=min(optim.min_lr, optim.lr), warmup_lr=min(optim.warmup_lr, optim.lr))
         return replace(self, train=train, optim=optim)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run's YAML, applies `section.key=value` overrides and validates the result. Raises `UserError`."""
-    content = strict.read_yaml(path)
-    strict.apply_overrides(content, overrides)
+def parse_run(content: dict[str, Any]) -> RunConfig:
+    """A run's config from YAML or plain values. Arguments of the model that are settings of the run are moved to their place.
+
+    Raises:
+        UserError: Invalid settings, or one that is given twice with different values.
+    """
+    model = content.get("model")
+    kwargs = model.get("kwargs") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(kwargs, dict):
+        model["kwargs"] = {name: value for name, value in kwargs.items() if name not in ONE_SETTING}
+        for name in kwargs.keys() & ONE_SETTING.keys():
+            key = ONE_SETTING[name]
+            section, _, leaf = key.partition(".")
+            place, value = content.setdefault(section, {}), strict.plain(kwargs[name])
+            given = strict.plain(place.get(leaf)) if isinstance(place, dict) else None
+            if given not in (None, value):
+                raise UserError(f"model.kwargs.{name} is {value}, {key} is {given}: expected one of them, the latter")
+            if isinstance(place, dict) and value is not None:
+                place[leaf] = value
     return strict.parse(RunConfig, content)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run's YAML, applies `section.key=value` overrides, validates the result, and completes it by what `accelerate launch`
+    was told. Raises `UserError`."""
+    return _complete(strict.read_yaml(path), overrides)
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -216,8 +283,15 @@ def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     data, train = content.get("data") or {}, content.get("train") or {}
     if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
         content["data"] = {**data, "split_seed": train["seed"]}
+    return _complete(content, overrides)
+
+
+def _complete(content: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     strict.apply_overrides(content, overrides)
-    return strict.parse(RunConfig, content)
+    config = parse_run(content)
+    precision: Any = config.train.precision or launched_precision() or "no"
+    train = replace(config.train, precision=precision, compile=config.train.compile or launched_compile())
+    return replace(config, train=train)
 
 
 def find_config(name: str | Path) -> Path:

@@ -47,18 +47,8 @@ class FitResult:
     images_per_second: float
 
 
-def fit(
-    task: Task,
-    objective: Objective,
-    model: nn.Module,
-    feed: Feed,
-    config: RunConfig,
-    accelerator: Accelerator,
-    folder: Path,
-    checkpoint: Path | None = None,
-    report: RunReport | None = None,
-) -> FitResult:
-    """Trains a model and fills the run folder, from the start or from a checkpoint.
+class Loop:
+    """A training: everything that can be refused is made here, before the run folder is written to; `run` trains and fills the folder.
 
     Args:
         task: Evaluation, metric and presentation.
@@ -69,18 +59,10 @@ def fit(
         accelerator: Device, processes, precision, trackers.
         folder: Run folder; metrics.csv, figures, `best/`, `last/` and `checkpoints/` are written there.
         checkpoint: A checkpoint folder of the same run to resume from.
-        report: Report to write while the run is not finished; None for none.
 
     Raises:
-        UserError: A checkpoint that doesn't fit, a training set without a readable image, an unreadable file with
-            `on_bad_file: raise`, a loss that stays infinite or NaN, a dead loader worker, or a disk that is full.
-        SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
+        UserError: An optimizer that doesn't take its settings, a model that can't be trained so, or a checkpoint that doesn't fit.
     """
-    return _Run(task, objective, model, feed, config, accelerator, folder, checkpoint, report).finish()
-
-
-class _Run:
-    """One call of `fit`: the parts of the loop, with what they share as attributes."""
 
     def __init__(
         self,
@@ -91,8 +73,7 @@ class _Run:
         config: RunConfig,
         accelerator: Accelerator,
         folder: Path,
-        checkpoint: Path | None,
-        report: RunReport | None,
+        checkpoint: Path | None = None,
     ):
         self.task, self.objective, self.feed, self.config = task, objective, feed, config
         self.accelerator, self.folder = accelerator, folder
@@ -129,7 +110,7 @@ class _Run:
             for name, value in self.state.sums.items()
         }
         self.recorder = Recorder(task, feed, config, folder)
-        self.report = report if accelerator.is_main_process else None
+        self.report: RunReport | None = None
         self.seconds_before = self.state.seconds
         self.started = time.perf_counter()
         self.images_since_start = 0
@@ -153,7 +134,18 @@ class _Run:
         self.scheduler.step_update(state.step)
         return state
 
-    def finish(self) -> FitResult:
+    def run(self, report: RunReport | None = None) -> FitResult:
+        """Trains from the start or from the checkpoint.
+
+        Args:
+            report: Report to write while the run is not finished; None for none.
+
+        Raises:
+            UserError: A training set without a readable image, an unreadable file with `on_bad_file: raise`, a loss that stays
+                infinite or NaN, a dead loader worker, or a disk that is full.
+            SystemExit: With code 0, after a SIGTERM and the checkpoint that it causes.
+        """
+        self.report = report if self.accelerator.is_main_process else None
         try:
             return self._train()
         except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -163,6 +155,7 @@ class _Run:
             raise
 
     def _train(self) -> FitResult:
+        self.started = self.epoch_started = time.perf_counter()
         state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
         loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
         batches = watched_loader(loader)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..data import Batch
 from ..errors import UserError, one_line
+from ..run_folder import replacing
 
 
 class SigtermWatch:
@@ -93,5 +94,6 @@ def save_batches(folder: Path, step: int, process: int, batches: Sequence[Batch]
             for place, leaf in enumerate(tree_leaves(value)):  # targets of some tasks have several tensors
                 name = f"{key}.{micro}" if isinstance(value, Tensor) else f"{key}.{place}.{micro}"
                 tensors[name] = leaf.detach().contiguous().cpu()
-    save_file(tensors, path, metadata={"step": json.dumps(step)})
+    with replacing(path) as writing:
+        save_file(tensors, writing, metadata={"step": json.dumps(step)})
     return path

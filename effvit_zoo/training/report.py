@@ -141,6 +141,7 @@ class RunReport:
             "skipped_steps": state.skipped_steps,
             "steps": state.step,
             "seconds": state.seconds,
+            "precision": self.config.train.precision,
             "seed": self.config.train.seed,
             "training_loss": self.loss,
         }

@@ -5,29 +5,30 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from timm.data import resolve_data_config
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from .. import config as strict
 from .. import hub, run_folder
-from ..data import MODES, Feed, make_feed, seed_everything
-from ..errors import UserError, one_line
+from ..data import Feed, seed_everything
+from ..errors import UserError
 from ..measure import cost
 from ..report.run_page import write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
 from ._data_checks import data_notes, record_images, require_recorded_images
-from ._processes import on_cpu, process_state
+from ._processes import launched_compile, launched_precision, on_cpu, process_state, require_same_launch
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config, load_run
-from .engine import FitResult, fit
+from .engine import FitResult, Loop
+from .prepare import Prepared, build_model, prepare
 from .report import RunReport
 
 HARMLESS_CHANGES = (
@@ -44,15 +45,6 @@ HARMLESS_CHANGES = (
 
 Adapt = Callable[[Task, Objective, nn.Module], Objective]
 """What a stage of a pipeline makes of a run's task, objective and model: freezes, another trainable module, another loss."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Data, task and model of a run."""
-
-    feed: Feed
-    task: Task
-    model: nn.Module
 
 
 def train(
@@ -89,38 +81,45 @@ def train(
         require_recorded_images(folder, run.feed.splits, config.data.root, allow_change)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
+    loop = Loop(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
+    with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
+        _train(loop, run, asked, again)
+    return folder
+
+
+def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
+    """Records the config, trains, and concludes."""
+    folder, config, accelerator = loop.folder, loop.config, loop.accelerator
     if accelerator.is_main_process:
         run_folder.write_text(folder / run_folder.CONFIG, strict.dump(asked))
         record_images(folder, run.feed.splits)
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
-    verb = "resuming" if checkpoint else "training"
+    verb = "resuming" if loop.state.step else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
-    report = _report(run, config, objective, accelerator, folder, again)
-    result = fit(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint, report)
+    report = _report(loop, run, asked, again)
+    result = loop.run(report)
     for tracker in accelerator.trackers:
         tracker.finish()  # `end_training` would part the processes, which may have another run to do
     if accelerator.is_main_process:
         _conclude(run, config, result, accelerator, folder, report)
-    return folder
 
 
-def _report(
-    run: Prepared, config: RunConfig, objective: Objective, accelerator: Accelerator, folder: Path, again: str
-) -> RunReport:
+def _report(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> RunReport:
     """The run's report; prints its notes."""
-    notes = _print_notes(run, config) if accelerator.is_main_process else []
-    loss, processes = getattr(objective, "loss_title", ""), accelerator.num_processes
-    return RunReport(run.task, run.feed, config, folder, run.model, processes, notes=notes, again=again, loss=loss)
+    config, processes = loop.config, loop.accelerator.num_processes
+    notes = _print_notes(run, asked, config) if loop.accelerator.is_main_process else []
+    loss = getattr(loop.objective, "loss_title", "")
+    return RunReport(run.task, run.feed, config, loop.folder, run.model, processes, notes=notes, again=again, loss=loss)
 
 
 def _objective(run: Prepared, config: RunConfig, adapt: Adapt | None) -> Objective:
     objective: Objective = run.task
     if config.distill.teacher is not None:
         labels = run.task.label_names or ()
-        teacher = load_teacher(config.distill, run.feed.data_config, labels, config.train.precision)
+        teacher = load_teacher(config.distill, run.feed.data_config, labels, config.train.precision or "no")
         objective = Distillation(run.task, teacher, config.distill)
     return objective if adapt is None else adapt(run.task, objective, run.model)
 
@@ -157,21 +156,26 @@ def _plan(
         folder, checkpoint = _resumed(Path(resume))
         if output is not None and Path(output).resolve() != folder.resolve():
             raise UserError(f"--resume {resume} continues in {folder}, but --output says {output}: leave --output out")
-        return folder, _resumed_config(folder, config_path, overrides, allow_change), checkpoint
+        return folder, _resumed_config(folder, checkpoint, config_path, overrides, allow_change), checkpoint
     if config_path is None:
         raise UserError("no config given: expected the path of a YAML file")
     config = load_config(config_path, overrides)
     folder = Path(output) if output is not None else Path("runs") / Path(config_path).stem
     if resume == "auto" and (folder / run_folder.CONFIG).is_file():
-        return folder, _resumed_config(folder, config_path, overrides, allow_change), find_checkpoint(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output {folder} is a file, expected a folder or nothing")
-    if run_folder.is_taken(folder):
-        if output is not None:
-            raise UserError(f"{folder} already holds a run: resume it with --resume auto, or name another --output")
+        checkpoint = find_checkpoint(folder)
+        return folder, _resumed_config(folder, checkpoint, config_path, overrides, allow_change), checkpoint
+    run_folder.require_writable(folder)
+    if output is None:
         numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 10**6))
-        folder = next(path for path in numbered if not run_folder.is_taken(path))
+        folder = next(path for path in (folder, *numbered) if not _is_used(path))
+    elif run_folder.is_taken(folder):
+        raise UserError(f"{folder} already holds a run: resume it with --resume auto, or name another --output")
     return folder, config, None
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether a folder holds a run, or one that may have just started."""
+    return (folder / run_folder.CONFIG).is_file() or run_folder.is_taken(folder)
 
 
 def _resumed(path: Path) -> tuple[Path, Path | None]:
@@ -185,13 +189,17 @@ def _resumed(path: Path) -> tuple[Path, Path | None]:
 
 
 def _resumed_config(
-    folder: Path, config_path: str | Path | None, overrides: Sequence[str], allow_change: Sequence[str]
+    folder: Path,
+    checkpoint: Path | None,
+    config_path: str | Path | None,
+    overrides: Sequence[str],
+    allow_change: Sequence[str],
 ) -> RunConfig:
-    """The config to resume with; anything that would make it another run has to be allowed by name."""
+    """The config to resume with; anything that would make it another run has to be allowed by name, if there is a checkpoint."""
     before = load_run(folder)
     config = load_run(folder, overrides) if config_path is None else load_config(config_path, overrides)
     refused = [key for key in strict.changed_keys(before, config) if key not in (*HARMLESS_CHANGES, *allow_change)]
-    if refused:
+    if refused and checkpoint is not None:
         raise UserError(
             f"{folder} was started with other settings of {', '.join(refused)}: "
             f"resume with the same, or allow it by --allow-change {' '.join(refused)}"
@@ -205,11 +213,14 @@ def _make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
             raise UserError(f"tracker {name} needs another package: pip install {name.replace('_', '-')}")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    require_same_launch(config.train.grad_accum)
     AcceleratorState._reset_state()  # a process may train one run after another, in other precisions
     try:
         return Accelerator(
             cpu=on_cpu(),
             mixed_precision=config.train.precision,
+            dynamo_backend="no",  # `train.compile` compiles
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the engine accumulates
             log_with=list(config.train.trackers) or None,
             project_dir=str(folder),
         )
@@ -217,85 +228,39 @@ def _make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
         raise UserError(f"accelerate refuses these settings: {error}") from None
 
 
-def prepare(config: RunConfig, num_processes: int) -> Prepared:
-    """Data, task and model of a run. Raises `UserError`."""
-    in_chans = config.model.kwargs.get("in_chans", 3)
-    if in_chans not in MODES:
-        raise UserError(f"model.kwargs.in_chans is {in_chans}, expected 3 (RGB) or 1 (grey)")
-    kind, data, train, augment = TASKS[config.task.kind], config.data, config.train, config.augment
-    splits = kind.open_splits(data, MODES[in_chans])
-    task = kind.for_training(config.task, augment, splits)
-    model = build_model(config, task)
-    data_config = _data_config(config, model, in_chans)
-    for shape in (data_config["input_size"], *((in_chans, side, side) for side in augment.sizes)):
-        try_size(model, shape, config.model.name)
-    feed = make_feed(
-        splits,
-        task.transforms(data_config),
-        data_config,
-        batch_size=train.batch_size,
-        num_processes=num_processes,
-        grad_accum=train.grad_accum,
-        seed=train.seed,
-        repeats=augment.repeats,
-        sizes=augment.sizes,
-        num_workers=data.num_workers,
-    )
-    return Prepared(feed, task, model)
+def config_notes(asked: RunConfig, config: RunConfig) -> list[str]:
+    """Settings that give way to others.
+
+    Args:
+        asked: As the file, the command and the launcher say.
+        config: As it was resolved for the run.
+    """
+    notes, train = [], config.train
+    launched = launched_precision()
+    if launched not in (None, train.precision):
+        notes.append(
+            f"train.precision is {train.precision}, accelerate launch was told {launched}: {train.precision} is used"
+        )
+    if launched_compile():
+        notes.append("accelerate launch was told to compile: train.compile is true")
+    if asked.optim.warmup_epochs != config.optim.warmup_epochs:
+        notes.append(
+            f"optim.warmup_epochs is {asked.optim.warmup_epochs:g} and train.epochs {train.epochs}: "
+            f"the warm-up is shortened to {config.optim.warmup_epochs:g} epochs"
+        )
+    for name in ("min_lr", "warmup_lr") if config.optim.warmup_epochs else ("min_lr",):
+        if getattr(asked.optim, name) > config.optim.lr:
+            notes.append(f"optim.{name} is {getattr(asked.optim, name):g}, above the peak: {config.optim.lr:g} is used")
+    if train.freeze_epochs >= train.epochs:
+        notes.append(
+            f"train.freeze_epochs is {train.freeze_epochs} and train.epochs {train.epochs}: only the classifier is trained"
+        )
+    return notes
 
 
-def _data_config(config: RunConfig, model: Any, in_chans: int) -> dict[str, Any]:
-    """timm's preprocessing settings for the model, with the run's size and crop."""
-    data = config.data
-    data_config: dict[str, Any] = resolve_data_config({"crop_pct": data.crop_pct} if data.crop_pct else {}, model=model)
-    size = data.img_size or tuple(data_config["input_size"][1:])
-    data_config["input_size"] = (in_chans, *(size if isinstance(size, tuple) else (size, size)))
-    for key in ("mean", "std"):
-        if len(data_config[key]) != in_chans:  # colour statistics for a network that sees grey
-            data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
-    return data_config
-
-
-def build_model(config: RunConfig, task: Task | None) -> nn.Module:
-    """The config's model with outputs for a task (None: its own), made for `data.img_size`. Raises `UserError`."""
-    name, size = config.model.name, config.data.img_size
-    pretrained = config.model.pretrained or hub.brings_weights(name)
-    model: Any
-    if task is None:
-        model = hub.load(name, pretrained=pretrained, **config.model.kwargs)
-    else:
-        model = task.build(name, pretrained, config.model.kwargs)
-    if size is not None:
-        try:
-            if hasattr(model, "set_input_size"):
-                model.set_input_size(img_size=size)
-        except (ValueError, AssertionError) as error:
-            raise UserError(f"{name} can't take images of {size} pixels: {error}") from None
-    if config.train.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError, NotImplementedError):
-            raise UserError(f"train.grad_checkpointing: {name} has no gradient checkpointing, expected false") from None
-    return model
-
-
-def try_size(model: nn.Module, size: Sequence[int], name: str) -> None:
-    """Runs the model on one black image, so that a size that it can't take is a `UserError` at the start."""
-    was_training = model.training
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *size, device=device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        shape = " x ".join(map(str, size[1:]))
-        raise UserError(f"{name} can't take images of {shape} pixels: {one_line(error)}") from error
-    finally:
-        model.train(was_training)
-
-
-def _print_notes(run: Prepared, config: RunConfig) -> list[str]:
+def _print_notes(run: Prepared, asked: RunConfig, config: RunConfig) -> list[str]:
     """Prints what the user should know before the first step, and returns it."""
-    notes = start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    notes = config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
     for note in notes:
         print(note)
     return notes
@@ -346,7 +311,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
         "params": cost.count_params(model),
         "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
-        "notes": data_notes(run.feed.splits, run.task, config.data) if run else [],
+        "notes": config_notes(asked, config) + (data_notes(run.feed.splits, run.task, config.data) if run else []),
         "images_per_step": train.batch_size * processes * train.grad_accum,
         "batch": f"{train.batch_size} per process x {processes} processes x {train.grad_accum} accumulated",
         "optimizer": optim.name,
@@ -358,6 +323,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
         "epochs": train.epochs,
         "steps_per_epoch": steps,
         "steps": train.epochs * steps if steps else None,
+        "precision": train.precision,
         "teacher": config.distill.teacher,
     }
 

@@ -7,6 +7,7 @@ Map-style roots (torch, hfds) give an `ImageSource`, streams (hfids, tfds, wds) 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 from timm.data import create_dataset
+from torchvision.datasets import ImageFolder
 
 from ...errors import UserError
+from ..inventory import take_inventory
 from ..sources import ImageSource
 from ..streams.shards import SEQUENCES
 from ..streams.source import StreamSource
@@ -36,7 +39,17 @@ def open_torch(request: Request, split: str | None) -> ImageSource:
     names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None) or dataset.all_categories
     targets = np.asarray(dataset.targets if hasattr(dataset, "targets") else [target for target, _ in dataset.index])
     targets = targets if targets.ndim == 1 else targets[:, 0]  # a row of QMNIST begins with the class
-    return image_source(f"{request.root} {split}", dataset, names, targets, request)
+    notes = _unread(dataset.root, len(targets)) if isinstance(dataset, ImageFolder) else ()
+    return image_source(f"{request.root} {split}", dataset, names, targets, request, notes)
+
+
+def _unread(folder: str, count: int) -> tuple[str, ...]:
+    """Notes on a folder of which another library has read `count` images: fewer formats than this package."""
+    inventory = take_inventory(folder)
+    notes = inventory.left_out.notes(folder)
+    if count < len(inventory.images):
+        notes += (f"{count} of the {len(inventory.images)} images in {folder} are read; data.root={folder} reads all",)
+    return notes
 
 
 def hub_splits(request: Request) -> Sequence[str]:
@@ -74,7 +87,8 @@ def open_hfds(request: Request, split: str | None) -> ImageSource:
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) == 0 or labels.min() < 0:
         raise UserError(f"expected one class for each image in {request.root} {split}, column {reader.label_key}")
     names = names or [str(i) for i in range(labels.max() + 1)]
-    return image_source(f"{request.root} {split}", reader, names, labels, request)
+    notes = take_inventory(request.name).left_out.notes(request.name) if os.path.isdir(request.name) else ()
+    return image_source(f"{request.root} {split}", reader, names, labels, request, notes)
 
 
 def tfds_splits(request: Request) -> Sequence[str]:

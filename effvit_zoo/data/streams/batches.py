@@ -126,6 +126,10 @@ class WholeBatches:
     def steps_per_epoch(self) -> int:
         return self.num_batches // self.grad_accum
 
+    @property
+    def smallest_batch(self) -> int:
+        return self.batch_size
+
     def step_size(self, step: int) -> int:
         return self.batch_size * self.num_processes * self.grad_accum
 
