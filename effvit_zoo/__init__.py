@@ -1,22 +1,37 @@
-"""effvit_zoo: efficient vision transformers in timm's registry. Importing this package registers every `effzoo_*` model."""
+"""effvit_zoo: efficient vision transformers in timm's registry. Importing this package registers every `effzoo_*` model.
+
+The one process in which it doesn't is the command line's own: torch and timm take seconds to import, and `effzoo list` needs neither.
+There, a command imports what it uses; `hub`, through which all commands get their models, registers them.
+"""
 
 from __future__ import annotations
 
+import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
-from torch import nn
-
-from . import hub as hub
-from . import models as models
-from .evaluation.prediction import predict as predict
-from .export.optimize import optimize_for_inference as optimize_for_inference
-from .hub import pull as pull
-from .models import swap_attention as swap_attention
-from .models import to_dense as to_dense
-from .models import to_tosa as to_tosa
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `effzoo` or `python -m effvit_zoo`; -m is the program's name until its module is found."""
+    program = Path((getattr(sys, "argv", None) or [""])[0]).name
+    return program in ("effzoo", "effzoo.exe") or (program == "-m" and ("-m", __name__) in pairwise(sys.orig_argv))
+
+
+if not _is_command_line():
+    from . import hub as hub
+    from . import models as models
+    from .evaluation.prediction import predict as predict
+    from .export.optimize import optimize_for_inference as optimize_for_inference
+    from .hub import pull as pull
+    from .models import swap_attention as swap_attention
+    from .models import to_dense as to_dense
+    from .models import to_tosa as to_tosa
 
 __all__ = [
     "__version__",
@@ -43,11 +58,15 @@ def create_model(name: str | Path, pretrained: bool | None = None, **kwargs: Any
     Raises:
         UserError: As `hub.load`, in one line.
     """
+    from . import hub
+
     return hub.load(name, pretrained=pretrained, **kwargs)
 
 
 def list_models(filter: str = "effzoo_*", pretrained: bool = False) -> list[str]:
     """Names of this package's models that match a wildcard; with `pretrained`, the `model.tag` names that have weights."""
+    import timm
+
     return [n for n in timm.list_models(filter, pretrained=pretrained) if n.startswith("effzoo_")]
 
 
@@ -66,6 +85,7 @@ def push(folder: str | Path, repo_id: str, **options: Any) -> str:
         UserError: The folder is not a loadable model in its training form, holds a token, or the Hub refuses; the message says
             what is on the Hub afterwards.
     """
+    from . import hub
     from .tasks import card_facts
 
     return hub.push(folder, repo_id, card_facts, **options)

@@ -80,8 +80,8 @@ TRAINING = {
 VALIDATING = {
     "unknown model": (["--model", "effzoo_nothing"], "unknown model 'effzoo_nothing'"),
     "results in a format of no one": (["--model", "{two}", "--results-file", "{out}/results.xlsx"], "ends in .csv or .json"),
-    "no batch": (["--model", "{two}", "--batch-size", "0"], "--batch-size must be at least 1"),
-    "negative size": (["--model", "{two}", "--img-size", "-3"], "--img-size must be at least 1"),
+    "no batch": (["--model", "{two}", "--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got '0'"),
+    "negative size": (["--model", "{two}", "--img-size", "-3"], "--img-size: expected a whole number of at least 1, got '-3'"),
     "size that doesn't fit": (["--model", "{two}", "--img-size", "30"], "can't take images of 30 pixels"),
     "size below the smallest": (["--model", "{conv}", "--img-size", "8"], "needs images of at least 32 x 32 pixels, got 8 x 8"),
     "crop of nothing": (["--model", "{two}", "--crop-pct", "0"], "--crop-pct must lie in (0, 1]"),
@@ -96,11 +96,11 @@ VALIDATING = {
 
 BENCHMARKING = {
     "unknown backbone": (["backbones", "--models", "nothing"], "unknown model 'nothing'"),
-    "no thread": (["backbones", "--threads", "0"], "--threads must be at least 1, got 0"),
+    "no thread": (["backbones", "--threads", "0"], "--threads: expected a whole number of at least 1, got '0'"),
     "image below the smallest": (["backbones", "--models", "edgenext_small", "--img-size", "8"], "can't take images of 8 x 8 pixels"),
     "image below a patch": (["backbones", "--models", "swin_tiny_patch4_window7_224", "--img-size", "2"], "of 2 pixels"),
-    "no call": (["tosa", "--repeats", "0"], "--repeats must be at least 1, got 0"),
-    "no token": (["attention", "--tokens", "196", "0"], "--tokens must be at least 1, got 0"),
+    "no call": (["tosa", "--repeats", "0"], "--repeats: expected a whole number of at least 1, got '0'"),
+    "no token": (["attention", "--tokens", "196", "0"], "--tokens: expected a whole number of at least 1, got '0'"),
     "not a ViT": (["tosa", "--model", "effzoo_swiftformer_pico"], "the model takes no argument 'img_size'"),
 }  # fmt: skip
 

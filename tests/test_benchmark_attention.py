@@ -126,8 +126,8 @@ def test_what_does_not_fit_the_memory_is_left_out(monkeypatch):
     ("arguments", "message"),
     [
         ("--mechanisms hydraa", "did you mean 'hydra'"),
-        ("--tokens 0", "--tokens must be at least 1, got 0"),
-        ("--repeats 0", "--repeats must be at least 1, got 0"),
+        ("--tokens 0", "--tokens: expected a whole number of at least 1"),
+        ("--repeats 0", "--repeats: expected a whole number of at least 1"),
         ("--output x.txt", "ends in .csv or .json"),
     ],
 )

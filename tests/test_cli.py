@@ -82,7 +82,23 @@ def test_help_and_version(capsys):
         (["lst"], "unknown command 'lst': did you mean 'list'?"),
         (["list", "--familly", "swin"], "--familly"),
         (["list", "--family", "swiftforme"], "unknown family 'swiftforme': did you mean 'swiftformer'?"),
-        (["list", "--max-params", "ten"], "invalid float value: 'ten'"),
+        (
+            ["list", "--max-params", "ten"],
+            "--max-params: expected a number from 0 to 10000 (million parameters), got 'ten'",
+        ),
+        (["list", "--max-params", "nan"], "expected a number from 0 to 10000 (million parameters), got 'nan'"),
+        (["list", "--max-params", "5e6"], "(million parameters), got '5e6'"),
+        (["list", "--min-top1", "0.8"], "--min-top1: expected a number from 1 to 100 (percent), got '0.8'"),
+        (["list", "--sort", "accuracy"], "unknown COLUMN 'accuracy': known: model, top1, params, macs, input, ms"),
+        (["list", "--sort", "ms"], "the milliseconds are measured with --time only"),
+        (["list", "--min-top", "80", "--family", "vit"], "unknown family 'vit'"),
+        (["list", "--max-params", "1", "--min-top1", "85"], "none of the 56 models matches"),
+        (["benchmark", "tosa", "--model", "nonsense"], "unknown model 'nonsense'"),
+        (["benchmark", "tosa", "--runtimes", "onx"], "unknown runtime 'onx': did you mean 'onnx'?"),
+        (["benchmark", "speed"], "unknown WHAT 'speed': known: models, attention, backbones, tosa"),
+        (["benchmark", "models", NAME, "resnet5000"], "unknown model 'resnet5000'"),
+        (["benchmark", "models", NAME, "--batch", "0"], "expected a whole number of at least 1, got '0'"),
+        (["completion", "fish"], "unknown shell 'fish': did you mean 'zsh'?"),
         (["list", "swiftfromer_xs"], "unknown model 'swiftfromer_xs': did you mean"),
         (["list", "swiftformer", "--max-params", "0"], "models matches"),
         (["list", "--json", "--csv"], "not allowed with"),
@@ -135,6 +151,45 @@ def test_list_filters(capsys):
     assert [row["model"] for row in patterns] == ["effzoo_swiftformer_s"]
     trained = json.loads(printed(["list", "swiftformer", "--pretrained", "--json"], capsys))
     assert all(row["weights"] for row in trained)
+    good = json.loads(printed(["list", "--max-params", "10", "--min-top1", "79", "--sort", "top1", "--json"], capsys))
+    assert [row["model"] for row in good][:1] == ["effzoo_edgenext_small"]
+    assert [row["top1"] for row in good] == sorted((row["top1"] for row in good), reverse=True)
+    assert min(row["top1"] for row in good) >= 79
+    assert max(row["params"] for row in good) <= 10e6
+
+
+def test_the_best_come_first_and_the_unknown_last(capsys):
+    by_top1 = [row["top1"] for row in json.loads(printed(["list", "--sort", "top1", "--json"], capsys))]
+    known = [value for value in by_top1 if value is not None]
+    assert by_top1 == sorted(known, reverse=True) + [None] * (len(by_top1) - len(known))
+    for column, key in (("params", "params"), ("macs", "macs"), ("input", "input_size"), ("model", "model")):
+        values = [row[key] for row in json.loads(printed(["list", "--sort", column, "--json"], capsys))]
+        assert values == sorted(values)
+
+
+def test_list_measures_times_here(capsys):
+    assert main(["list", "vit_pico", "edgenext_xx_small"]) == 2  # both filters must match
+    assert "none of the 56 models" in capsys.readouterr().err
+    [row] = json.loads(printed(["list", "effzoo_vit_pico", "--time", "--sort", "ms", "--json"], capsys))
+    assert 0 < row["milliseconds"] < 5000
+    head, line = printed(["list", "effzoo_vit_pico", "--time"], capsys).splitlines()
+    assert head.split()[-2:] == ["ms", "weights"]
+    assert line.split()[-1] == "none"
+
+
+def test_any_model_is_timed(folder, capsys, tmp_path):
+    names = ["effzoo_vit_pico", NAME, str(folder.parent)]
+    argv = ["benchmark", "models", *names, "--img-size", "32", "--batch-sizes", "1", "2", "--repeats", "2"]
+    text = printed([*argv, "--output", str(tmp_path / "rows.json")], capsys)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["model"], row["batch"]) for row in rows] == [(name, batch) for batch in (1, 2) for name in names]
+    assert all(row["input_size"] == [3, 32, 32] and row["milliseconds"] > 0 for row in rows)
+    assert rows[4]["images_per_second"] == pytest.approx(2000 / rows[4]["milliseconds"])
+    assert rows[1]["params"] == 365096  # position embeddings of the smaller image
+    assert all(name in text for name in names)
+    assert "can't take images of shape 1 x 3 x 30 x 30: " in error_line(
+        ["benchmark", "models", names[0], "--img-size", "30"], capsys
+    )
 
 
 def test_list_as_text(capsys, tmp_path):

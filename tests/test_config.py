@@ -329,7 +329,7 @@ def test_every_setting_is_documented(brightness):
 
 
 def test_the_schema_file_is_up_to_date():
-    """If this fails: effzoo config --json-schema > effvit_zoo/configs/run.schema.json"""
+    """If this fails: python tools/index.py settings schema"""
     assert (CONFIGS / "run.schema.json").read_text() == command.schema_text()
 
 
@@ -350,19 +350,37 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_command_explains_settings(capsys, brightness):
+def test_the_command_explains_settings(capsys):
     assert [line.split()[0] for line in printed(capsys).splitlines()[:8]] == list(strict.sections(RunConfig))
     assert "optim.schedule  (one of cosine, tanh" in printed(capsys, "optim")
     assert "optim.lr  (float > 0; default 0.001)\n      Peak learning rate." in printed(capsys, "optim.lr")
-    task = printed(capsys, "task")
-    assert "task with kind: classification" in task
-    assert "task with kind: brightness" in task
+    assert "task with kind: classification" in printed(capsys, "task")
     assert json.loads(printed(capsys, "--json-schema"))["properties"]["model"]
     text = command.settings_help()
     assert all(row.key in text for row in strict.settings(RunConfig))
     assert max(map(len, text.splitlines())) <= 80
     with pytest.raises(UserError, match="unknown section 'optm': did you mean 'optim'"):
         printed(capsys, "optm")
+
+
+def test_a_task_of_ones_own_has_its_settings(brightness):
+    rows = command.run_settings()["settings"]
+    assert [row["key"] for row in rows if row["kind"] == "brightness"][:2] == ["task.kind", "task.gamma"]
+
+
+def test_bounds_are_shown_however_they_are_given():
+    @strict.section
+    class Bounded:
+        """Bounds of both forms."""
+
+        a: Annotated[float, Field(gt=0)] = 1.0
+        """One."""
+        b: float = Field(default=1.0, gt=0, le=2)
+        """Another."""
+
+    assert [row.type for row in strict.settings(Bounded)] == ["float > 0", "float in (0, 2]"]
+    with pytest.raises(UserError, match=r"config key b: got 3\.0, expected float in \(0, 2\]"):
+        strict.parse(Bounded, {"b": 3.0})
 
 
 def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from runs import ROOT, make_photos
 from effvit_zoo.attention import TOKEN_MIXERS
 from effvit_zoo.cli import main
 from effvit_zoo.commands import COMMANDS, Command
+from effvit_zoo.commands import _index as index
 from effvit_zoo.config import sections, settings
 from effvit_zoo.export import TARGETS
 from effvit_zoo.pipelines import PIPELINES
@@ -74,6 +75,7 @@ BACKBONES = [
 ]
 SMALLER = {
     ("validate",): ["--workers", "0"],
+    ("benchmark", "models"): ["--img-size", "64", "--repeats", "1"],
     ("benchmark", "attention"): ATTENTION,
     ("benchmark", "backbones"): BACKBONES,
     ("benchmark", "tosa"): ["--model", "effzoo_vit_pico", "--img-sizes", "32", "--repeats", "1", "--runtimes"],
@@ -281,10 +283,29 @@ def test_the_reference_has_everything():
     assert sorted(used) == sorted(parts)
 
 
-@pytest.mark.slow
 def test_the_model_table_has_every_model():
     shown = load_reference().models()
     assert all(f"| `{name}` |" in shown for name in timm.list_models("effzoo_*"))
+
+
+def test_the_advice_quotes_published_numbers():
+    """Rows of README's "Which model?": each model exists, and its top-1 is the published one."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Which model?")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "effzoo_" in line]
+    assert len(rows) >= 4
+    quoted = {}
+    for row in rows:
+        for name in re.findall(r"`(effzoo_\w+)`", row):
+            weights = index.models()[name].get("weights")
+            quoted[name] = quoted.get(name, False) or (bool(weights) and f"{weights[0]['top1']:.2f} %" in row)
+    assert [name for name, found in quoted.items() if not found] == ["effzoo_cosformer_vit_pico"]
+    known = index.models().values()
+    top1 = {facts["model"]: facts["weights"][0]["top1"] or 0 for facts in known if facts.get("weights")}
+    assert max(top1, key=top1.get) == "effzoo_swin_large_patch4_window12_384"
+    small = {facts["model"] for facts in known if facts["params"] < 10e6}
+    assert max(small & top1.keys(), key=top1.get) == "effzoo_edgenext_small"
+    good = [facts for facts in known if top1.get(facts["model"], 0) > 75]
+    assert min(good, key=lambda facts: facts["macs"])["model"] == "effzoo_efficientvit_b1"
 
 
 def load_reference():

@@ -10,18 +10,12 @@ import argparse
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import timm
-from timm.models import get_arch_pretrained_cfgs, get_model_input_config, model_entrypoint
-
-import effvit_zoo
-from effvit_zoo.commands import COMMANDS
+from effvit_zoo.commands import COMMANDS, _index
 from effvit_zoo.config import Setting, sections, settings
 from effvit_zoo.errors import OneLineParser
-from effvit_zoo.hub.index import published
-from effvit_zoo.measure import cost
 from effvit_zoo.pipelines.tosa import ToSAConfig
 from effvit_zoo.training.config import RunConfig
 
@@ -83,36 +77,26 @@ def _settings_table(rows: Iterable[Setting]) -> str:
 def models() -> str:
     """All models, a table per family."""
     families: dict[str, list[list[str]]] = {}
-    top1 = {row["weights"]: row["top1"] for row in published()}
-    for name in effvit_zoo.list_models():
-        family = model_entrypoint(name).__module__.rpartition(".")[2]
-        families.setdefault(family, []).append(_model_row(name, top1))
+    for name, facts in _index.models().items():
+        families.setdefault(facts["family"], []).append(_model_row(name, facts))
     head = ("model", "parameters, M", "MACs, G", "input", "weights: top-1, %", "paper")
     return "\n\n".join(f"## {family}\n\n{table(head, rows)}" for family, rows in families.items())
 
 
-def _model_row(name: str, top1: dict[str, float | None]) -> list[str]:
-    skeleton = cost.skeleton(name)
-    size = get_model_input_config(skeleton)["input_size"]
-    cfgs = get_arch_pretrained_cfgs(name).values()
+def _model_row(name: str, facts: Mapping[str, Any]) -> list[str]:
     weights = (
-        f"`{cfg.tag or 'default'}`" + (f": {top1[key]:.2f}" if top1.get(key := f"{name}.{cfg.tag}") else "")
-        for cfg in cfgs
-        if cfg.has_weights
+        f"`{entry['tag'] or 'default'}`" + (f": {entry['top1']:.2f}" if entry["top1"] else "")
+        for entry in facts.get("weights", ())
     )
+    papers = (f"[{address.rpartition('/')[2]}]({address})" for address in facts.get("paper", ()))
     return [
         f"`{name}`",
-        f"{cost.count_params(skeleton) / 1e6:.2f}",
-        f"{cost.count_macs(skeleton) / 1e9:.3g}",
-        " x ".join(map(str, size[1:])),
+        f"{facts['params'] / 1e6:.2f}",
+        f"{facts['macs'] / 1e9:.3g}",
+        " x ".join(map(str, facts["input_size"][1:])),
         "<br>".join(weights) or "-",
-        ", ".join(_paper(timm.get_pretrained_cfg(name).paper_ids)),
+        ", ".join(papers),
     ]
-
-
-def _paper(ids: Any) -> list[str]:
-    texts = [ids] if isinstance(ids, str) else list(ids or ())
-    return [f"[{text.removeprefix('arXiv:')}](https://arxiv.org/abs/{text.removeprefix('arXiv:')})" for text in texts]
 
 
 PARTS: dict[str, Callable[[], str]] = {

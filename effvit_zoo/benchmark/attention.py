@@ -18,7 +18,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import TOKEN_MIXERS, MixerShape, TokenMixer
 from ..attention.softmax import naive_softmax_attention
-from ..errors import check_positive, unknown_choice
+from ..errors import unknown_choice
 from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
 from ..measure.timing import time_in_turns
@@ -74,36 +73,15 @@ def make_inputs(mixer: type[TokenMixer], qkv: Tensor, packed: bool) -> tuple[Ten
     return tuple(views) if packed else tuple(x.clone(memory_format=torch.contiguous_format) for x in views)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mechanisms", nargs="+", default=list(MECHANISMS), metavar="NAME", help="(default: all)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[196, 1024, 4096, 16384], metavar="N")
-    parser.add_argument("--heads", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=64, help="channels per head (default: %(default)s)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
-    parser.add_argument(
-        "--layout",
-        default="separate",
-        choices=("separate", "packed"),
-        help="q, k and v contiguous each, or views of one projection's output (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls per mechanism (default: %(default)s)")
-    parser.add_argument("--no-backward", action="store_true", help="skip forward + backward")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="write the rows to FILE.csv or FILE.json, and a plot per dtype next to it (FILE-float32.png)",
-    )
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in args.mechanisms:
+    """Measures, prints and draws; `args` as `arguments.attention` defines them. Raises `UserError`."""
+    mechanisms = args.mechanisms or list(MECHANISMS)
+    for name in mechanisms:
         if name not in MECHANISMS:
-            raise unknown_choice("mechanism", name, list(MECHANISMS))
-    check_positive(args, "heads", "dim", "tokens", "threads", "repeats")
+            raise unknown_choice("mechanism", name, MECHANISMS)
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console(150)
@@ -115,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         for backward in (False,) if args.no_backward else (False, True):
             shapes = [MixerShape(tokens, args.heads, args.dim, DTYPES[dtype]) for tokens in sorted(set(args.tokens))]
             with console.status(f"{dtype}, {pass_name(backward)}"):
-                block = measure(args.mechanisms, shapes, backward, args.repeats, args.layout)
+                block = measure(mechanisms, shapes, backward, args.repeats, args.layout)
             add_exponents(block)
             print_table(
                 console,

@@ -11,7 +11,6 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,7 +20,7 @@ from rich.table import Table
 from timm.models import reparameterize_model
 from torch import nn
 
-from ..errors import UserError, check_positive, one_line, unknown_choice
+from ..errors import UserError, one_line, unknown_choice
 from ..export.optimize import COMPILED_FORMS, EAGER_FORMS, RUNTIME_FORMS, optimize_for_inference
 from ..measure import cost
 from ..measure.allocator import keep_freed_memory
@@ -36,33 +35,18 @@ MEMORY_SIDE = 1024
 OPTIMIZED = ("optimized_torch", "optimized")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", nargs="+", default=MODELS, metavar="NAME", help="timm's names (default: %(default)s)"
-    )
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="(default: 1 8)")
-    parser.add_argument("--train-batch", type=int, default=32, help="images per training step; 0 skips training")
-    parser.add_argument("--img-size", type=int, default=224, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls per form (default: %(default)s)")
-    parser.add_argument(
-        "--memory", action="store_true", help=f"also measure the peak memory of a forward pass at {MEMORY_SIDE} pixels"
-    )
-    parser.add_argument("--output", type=Path, help="write the rows to FILE.csv or FILE.json")
-
-
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`.
+    """Measures and prints; `args` as `arguments.backbones` defines them. Raises `UserError`.
 
     Memory that is freed is kept, as `train.py` does: otherwise page faults take a quarter of a training step or more, and how many of
     them a model gets changes from run to run.
     """
     known = [name.removeprefix("effzoo_") for name in timm.list_models("effzoo_*")]
     known = [name for name in known if timm.is_model(name)]
-    for name in args.models:
+    names = args.models or MODELS
+    for name in names:
         if name not in known:
             raise unknown_choice("model", name, known)
-    check_positive(args, "batch_sizes", "img_size", "threads", "repeats")
     check_output(args.output)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
@@ -72,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         f"{processor_name()}, {args.threads} thread(s), float32 matrix products {rate:.0f} GFLOP/s, torch {torch.__version__}"
     )
     rows = []
-    for name in args.models:
+    for name in names:
         for batch in args.batch_sizes:
             rows.append(inference_row(name, batch, args.img_size, args.repeats) | {"gemm_gflops": rate})
             _print_inference(console, rows[-1])

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import hub, run_folder
 from ..attention.token_select import number_selected, select_tokens, token_importance
 from ..data import Batch, Feed, readable
-from ..errors import UserError, check_positive
+from ..errors import UserError, unknown_choice
 from ..export import TARGETS
 from ..export.deployed import run_in
 from ..measure import cost
@@ -59,31 +59,19 @@ STATIC_BATCHES = 16
 """Training batches over which the fixed set of tokens is averaged."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", type=Path, help="output folder of a ToSA training (default: speed alone)")
-    parser.add_argument("--ratios", nargs="+", type=float, default=None, help="(default: 0.5; of a run: 0.5 0.25)")
-    parser.add_argument("--model", default="effzoo_vit_small", help="dense ViT to time (default: %(default)s)")
-    parser.add_argument("--img-sizes", nargs="+", type=int, default=[224, 512], help="(default: 224 512)")
-    parser.add_argument("--batch-size", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls per form (default: %(default)s)")
-    parser.add_argument("--runtimes", nargs="*", help="other runtimes to time in (default: those that are installed)")
-    parser.add_argument("--output", type=Path, help="write the rows to FILE.csv or FILE.json (a run's figure: RUN)")
-
-
 def run(args: argparse.Namespace) -> None:
-    """Measures and prints; `args` as `add_arguments` defines them. Raises `UserError`."""
-    check_positive(args, "img_sizes", "batch_size", "threads", "repeats")
+    """Measures and prints; `args` as `arguments.tosa` defines them. Raises `UserError`."""
     check_output(args.output)
     torch.set_num_threads(args.threads)
     console = make_console()
     if args.run is None:
+        runtimes = _runtimes(args.runtimes)
+        for side in args.img_sizes:
+            hub.load(args.model, pretrained=False, img_size=side, device="meta")
         console.print(
             f"{processor_name()}, {args.threads} thread(s), float32 matrix products {gemm_gflops():.0f} GFLOP/s, "
             f"torch {torch.__version__}, batch {args.batch_size}"
         )
-        installed = [name for name, target in TARGETS.items() if target.installed and target.export is not None]
-        runtimes = installed if args.runtimes is None else args.runtimes
         rows = []
         for side in args.img_sizes:
             console.print(f"timing {side} pixels", style="dim")
@@ -95,6 +83,15 @@ def run(args: argparse.Namespace) -> None:
         rows = measure_selectors(args.run, args.ratios or [0.5, 0.25], console)
     if args.output:
         write_rows(rows, args.output)
+
+
+def _runtimes(asked: Sequence[str] | None) -> Sequence[str]:
+    """Names of targets: those asked for, or all that are installed. Raises `UserError` for an unknown one."""
+    exporters = {name: target for name, target in TARGETS.items() if target.export is not None}
+    for name in asked or ():
+        if name not in exporters:
+            raise unknown_choice("runtime", name, exporters)
+    return [name for name, target in exporters.items() if target.installed] if asked is None else asked
 
 
 def speed_models(name: str, side: int, ratios: Sequence[float]) -> dict[str, nn.Module]:
@@ -169,8 +166,6 @@ def measure_selectors(folder: Path, ratios: Sequence[float], console: Console) -
     for stage in (SELECTORS, FINETUNE):
         if not (folder / stage / run_folder.CONFIG).is_file():
             raise UserError(f"{folder} is not the output folder of a finished ToSA training: it has no {stage}")
-    if any(not 0 <= ratio <= 1 for ratio in ratios):
-        raise UserError(f"--ratios: expected numbers from 0 to 1, got {list(ratios)}")
     feed = _feed(folder)
     models = {stage: _tosa(folder / stage / run_folder.LAST) for stage in (SELECTORS, FINETUNE)}
     console.print(f"{folder}: {feed.describe()['val_images']} validation images")

@@ -9,13 +9,6 @@ from ..errors import UserError, one_line
 MODEL_HELP = "effzoo_* or timm name, model or run folder, local-dir:FOLDER, hf-hub:USER/NAME"
 
 
-def positive(text: str) -> int:
-    """An argument type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one, else cpu)")
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import full_parser
+from . import _index, full_parser
 
 HELP = "print a script that makes a shell complete commands, options and model names"
 SHELLS = ("bash", "zsh")
@@ -38,16 +38,13 @@ def run(args: argparse.Namespace) -> None:
 def script(shell: str) -> str:
     """The completion script of a shell in `SHELLS`."""
     import shtab
-    import timm
-
-    from ._registry import family, model_names
 
     parser = full_parser()
-    own = model_names()
+    own = _index.models()
     runs = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate"]
     words = {
-        "model": [*own, *(name for name in timm.list_models() if name not in own)],
-        "family": sorted({family(name) for name in own}),
+        "model": [*own, *_index.timm_names()],
+        "family": sorted({facts["family"] for facts in own.values()}),
         "config": sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in runs),
     }
     for action in _actions(parser):

@@ -11,9 +11,7 @@ HELP = "turn a checkpoint file of any training into a model folder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `effzoo convert`."""
-    from ..hub.convert import SUFFIXES
-
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"the checkpoint: {', '.join(SUFFIXES)}")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint, e.g. model.pth or model.safetensors")
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="model that the weights belong to, e.g. effzoo_*"
     )

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from timm.data import resolve_model_data_config
-from timm.models import get_arch_pretrained_cfgs, get_model_input_config, model_entrypoint
-
-from .. import hub
-from ..measure import cost
 from ..report.rows import print_table, shown
 from ..run_folder import EXTRA_KEY
+from . import _index
 from ._arguments import MODEL_HELP
-from ._registry import family
 
 HELP = "show details of a model"
 
@@ -25,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    facts = model_facts(args.model)
+    _index.require_known(args.model)
+    indexed = {} if Path(args.model).exists() else _index.models()  # a folder of that name is for `model_facts` to judge
+    facts = indexed.get(args.model) or model_facts(args.model)
     if args.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -37,17 +35,24 @@ def model_facts(name: str) -> dict[str, Any]:
 
     Facts that are not recorded anywhere are left out. Raises `UserError` as `hub.load` does.
     """
+    from timm.data import resolve_model_data_config
+    from timm.models import get_model_input_config, model_entrypoint
+
+    from .. import hub
+    from ..measure import cost
+
     resolved = hub.resolve_name(name)
     model: Any = hub.load(name, pretrained=False, device="meta")
     cfg, data = model.pretrained_cfg, resolve_model_data_config(model)
     architecture = cfg["architecture"]
+    entrypoint = model_entrypoint(architecture)
     own = hub.brings_weights(resolved)  # then accuracy, licence and places of published weights are not the model's
     config = hub.read_config(resolved) if own else {}
     facts = {
         "model": resolved,
         "architecture": architecture,
-        "family": family(architecture),
-        "description": None if own else _first_paragraph(model_entrypoint(architecture).__doc__),
+        "family": entrypoint.__module__.rpartition(".")[2],
+        "description": None if own else _first_paragraph(entrypoint.__doc__),
         "params": cost.count_params(model),
         "macs": cost.count_macs(model),
         "input_size": [*data["input_size"]],
@@ -68,13 +73,27 @@ def model_facts(name: str) -> dict[str, Any]:
         "code": cfg.get("origin_url"),
         "license": cfg.get("license"),
         "measured": config.get(EXTRA_KEY),
-        "weights": [
-            {"tag": known.tag, "from": known.hf_hub_id or known.url or known.file, "license": known.license}
-            for known in get_arch_pretrained_cfgs(architecture).values()
-            if known.has_weights and not own
-        ],
+        "weights": [] if own else _weights(architecture),
     }
     return {key: value for key, value in facts.items() if value not in (None, [], {}, "")}
+
+
+def _weights(architecture: str) -> list[dict[str, Any]]:
+    """The published weights of an architecture, those that `pretrained=True` loads first."""
+    from timm.models import get_arch_pretrained_cfgs
+
+    from ..hub.index import accuracies
+
+    return [
+        {
+            "tag": known.tag,
+            "top1": accuracies().get(name, {}).get("top1"),
+            "from": known.hf_hub_id or known.url or known.file,
+            "license": known.license,
+        }
+        for name, known in get_arch_pretrained_cfgs(architecture).items()
+        if known.has_weights
+    ]
 
 
 def _papers(ids: Any) -> list[str]:
@@ -101,7 +120,11 @@ def _as_text(key: str, value: Any) -> str:
         return "\n".join(f"{f['module']}: {f['channels']} channels, stride {f['stride']}" for f in value)
     if key == "weights":
         return "\n".join(
-            f"{w['tag'] or 'default'}: {w['from']}" + (f" ({w['license']})" if w["license"] else "") for w in value
+            f"{w['tag'] or 'default'}: "
+            + (f"ImageNet top-1 {w['top1']:.2f} %, " if w["top1"] else "")
+            + w["from"]
+            + (f" ({w['license']})" if w["license"] else "")
+            for w in value
         )
     if isinstance(value, dict):
         return "\n".join(f"{name}: {item}" for name, item in value.items())

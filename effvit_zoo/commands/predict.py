@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, printable
+from ..errors import UserError, positive, printable
 from ..report.rows import add_format_arguments, print_rows, print_table, shown
-from ._arguments import MODEL_HELP, add_device, check_device, positive
+from ._arguments import MODEL_HELP, add_device, check_device
 
 HELP = "run a model on images"
 DRAWN_ROWS = 3

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError, check_positive
+from ..errors import UserError, positive
 from ..report.rows import check_output, figures, print_table, shown, write_rows
 from ..run_folder import EXTRA_KEY, VALIDATION, read_json, run_of, write_json
 from ._arguments import MODEL_HELP, add_device, check_device
@@ -49,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how classes of the data and of the model correspond (default: %(default)s)",
     )
     parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
+        "--img-size", type=positive, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
     )
     parser.add_argument(
         "--crop-pct", type=float, metavar="SHARE", help="share of the resized image to crop (default: the model's)"
     )
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: one per core, at most 8)")
     add_device(parser)
     parser.add_argument("--results-file", type=Path, metavar="FILE", help="write results to FILE.json or FILE.csv")
@@ -146,7 +146,6 @@ def _published(name: str) -> str:
 def _check(args: argparse.Namespace) -> None:
     """Raises `UserError` for an argument out of range."""
     check_output(args.results_file, "--results-file")
-    check_positive(args, "batch_size", "img_size")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UserError(f"--crop-pct must lie in (0, 1], got {args.crop_pct}")
 

@@ -133,9 +133,10 @@ class one_of:  # noqa: N801 - reads as a function: `task: Annotated[Any, one_of(
 
 
 def hints_of(schema: Any) -> dict[str, Any]:
-    """Name -> annotation of a section's fields, with constraints."""
+    """Name -> annotation of a section's fields, with constraints, also those of a default (`x: float = Field(gt=0)`)."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+    limits = {field.name: getattr(field.default, "metadata", ()) for field in dataclasses.fields(schema)}
+    return {name: Annotated[(hints[name], *given)] if given else hints[name] for name, given in limits.items()}
 
 
 def tagged_of(hint: Any) -> one_of | None:

@@ -1,5 +1,6 @@
-"""Models as folders and on the Hub: save, load, push, pull."""
+"""Models as folders and on the Hub: save, load, push, pull. Importing it registers this package's models in timm."""
 
+from .. import models as models
 from .card import CardFacts as CardFacts
 from .classifier import classes_of as classes_of
 from .classifier import load_for_classes as load_for_classes

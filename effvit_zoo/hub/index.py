@@ -44,8 +44,8 @@ def published(pattern: str | None = None) -> list[dict[str, Any]]:
     return [
         {
             "weights": name,
-            "top1": _accuracies().get(name, {}).get("top1"),
-            "top1_source": _accuracies().get(name, {}).get("source"),
+            "top1": accuracies().get(name, {}).get("top1"),
+            "top1_source": accuracies().get(name, {}).get("source"),
             "license": cfg.license,
             "bytes": _payload(name),
             "from": _place(cfg),
@@ -104,7 +104,8 @@ def _place(cfg: PretrainedCfg) -> str:
 
 
 @cache
-def _accuracies() -> dict[str, dict[str, Any]]:
+def accuracies() -> dict[str, dict[str, Any]]:
+    """`model.tag` -> ImageNet-1k top-1 in percent and its source ("timm" or "authors")."""
     with ACCURACIES.open(encoding="utf-8", newline="") as file:
         return {row["weights"]: row | {"top1": float(row["top1"])} for row in csv.DictReader(file)}
 

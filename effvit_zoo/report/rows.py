@@ -8,14 +8,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .. import run_folder
 from ..errors import UserError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -58,6 +57,10 @@ def print_table(
         right: Indices of right-aligned columns.
         output: File to write to instead of printing.
     """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, show_header=bool(head), header_style="bold", padding=(0, 3, 0, 0))
     for index in range(max([len(head), *map(len, rows)])):
         justify = "right" if index in right else "left"
@@ -75,6 +78,8 @@ def print_table(
 
 def make_console(width: int = 200) -> Console:
     """The terminal; without a terminal, a console of `width` columns, so that tables are not wrapped."""
+    from rich.console import Console
+
     console = Console(**_PLAIN)
     return console if console.is_terminal else Console(width=width, **_PLAIN)
 
