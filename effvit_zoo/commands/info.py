@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _index.require_known(args.model)
-    indexed = {} if Path(args.model).exists() else _index.models()  # a folder of that name is for `model_facts` to judge
+    indexed = (
+        {} if Path(args.model).exists() else _index.models()
+    )  # a folder of that name is for `model_facts` to judge
     facts = indexed.get(args.model) or model_facts(args.model)
     if args.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
