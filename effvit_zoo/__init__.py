@@ -32,9 +32,18 @@ __all__ = [
 ]
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` with this package's models registered: a model name, `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
-    return timm.create_model(name, pretrained=pretrained, **kwargs)
+def create_model(name: str | Path, pretrained: bool | None = None, **kwargs: Any) -> nn.Module:
+    """A model by whatever the command line takes: a name, a model or run folder, `hf-hub:USER/NAME`, or a checkpoint file.
+
+    Args:
+        name: As in `hub.load`.
+        pretrained: Whether to load weights. None: yes for folders, the Hub and files, no for plain names.
+        kwargs: As for `timm.create_model`; for a checkpoint file also `architecture` and `key`.
+
+    Raises:
+        UserError: As `hub.load`, in one line.
+    """
+    return hub.load(name, pretrained=pretrained, **kwargs)
 
 
 def list_models(filter: str = "effzoo_*", pretrained: bool = False) -> list[str]:

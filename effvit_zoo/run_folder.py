@@ -35,6 +35,8 @@ RESULTS = (SUMMARY, METRICS, BEST, LAST, f"{CHECKPOINTS}/step-*")
 MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
 EXTRA_KEY = "effvit_zoo"
 """Key of a model folder's config.json for what timm has no place for: task, measured metrics, epoch, data."""
+ARCHITECTURE_KEY = "effvit_zoo_architecture"
+"""Key of a published config.json for this package's name of the architecture, where `architecture` is timm's name of the same."""
 
 
 def is_taken(folder: Path) -> bool:

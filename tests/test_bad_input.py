@@ -85,7 +85,7 @@ VALIDATING = {
     "size that doesn't fit": (["--model", "{two}", "--img-size", "30"], "can't take images of 30 pixels"),
     "size below the smallest": (["--model", "{conv}", "--img-size", "8"], "needs images of at least 32 x 32 pixels, got 8 x 8"),
     "crop of nothing": (["--model", "{two}", "--crop-pct", "0"], "--crop-pct must lie in (0, 1]"),
-    "more classes than the model": (["--model", "{two}", "--data", "builtin:fashion-mnist-mini"], "has 10 classes, the model 2"),
+    "more classes than the model": (["--model", "{two}", "--data", "builtin:fashion-mnist-mini"], "knows 2 classes, the data has 10"),
     "classes that the model doesn't know": (["--model", "{animals}"], "the model doesn't know 1 of the data's 2 classes"),
     "no exported file there": (["--model", "{out}/none.onnx"], "there is no file"),
     "damaged exported file": (["--model", "{cut.onnx}", "--like", "{two}"], "cannot open"),

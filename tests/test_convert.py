@@ -1,19 +1,25 @@
 """`effzoo convert`: official files become folders with the official answers; no bad file runs code, costs data or passes."""
 
 import argparse
+import collections
 import contextlib
+import datetime
 import os
+import pathlib
 import pickle
 import random
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from reference import Golden, images, relative_error
+from runs import make_photos, train_small
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+import effvit_zoo
 from effvit_zoo import hub
 from effvit_zoo.cli import main
 from effvit_zoo.errors import UserError
@@ -121,12 +127,12 @@ BAD_WEIGHTS = {
     "misshapen": (_misshapen, r"norm.weight \(is \(3,\), expected \(\d+,\)\)"),
     "integers": (_integers, r"norm.weight \(is torch.int64\)"),
     "headless": (lambda w: {k: v for k, v in w.items() if not k.startswith("head.")}, "missing head.weight"),
-    "other size": (lambda w: small_state_dict(img_size=48), "pos_embed is of another image or window size"),
+    "not square": (lambda w: small_state_dict(img_size=(48, 32)), r"of another shape pos_embed \(is \(1, 97, 64\)"),
     "other model": (lambda w: small_state_dict("effzoo_conv2former_n"), "does not hold the weights of effzoo_vit_pico"),
     "empty dict": (lambda w: {}, "holds no weights but an empty dict"),
     "list": (lambda w: list(w.values()), "holds no weights but a list"),
     "no tensors": (lambda w: {"model": {"epoch": 3}}, "epoch is a int, expected a tensor"),
-    "number as key": (lambda w: {**w, 3: torch.ones(1)}, "3 is a Tensor"),
+    "number as key": (lambda w: {**w, 3: torch.ones(1)}, "unexpected 3"),
     "meta": (lambda w: {k: v.to("meta") for k, v in w.items()}, "without data"),
 }
 
@@ -272,3 +278,147 @@ def test_files_that_may_not_be_read(tmp_path, capsys):
     (tmp_path / "secret.pth").chmod(0)
     assert command(tmp_path / "secret.pth", tmp_path / "out", PICO) == 2
     assert "Permission denied" in capsys.readouterr().err
+
+
+# from other trainings: keys, prefixes, sizes, what lies beside the weights
+
+
+def same(folder, state):
+    got = hub.load(folder).state_dict()
+    return got.keys() == state.keys() and all(torch.equal(got[key], value) for key, value in state.items())
+
+
+def behind(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+PLACES = {
+    "lightning": lambda w: {"state_dict": behind("model.", w) | {"criterion.pos_weight": torch.ones(3)}, "epoch": 3},
+    "compiled": lambda w: behind("_orig_mod.", w),
+    "compiled in parallel in lightning": lambda w: {"state_dict": behind("model.module._orig_mod.", w)},
+    "backbone": lambda w: {"net": behind("backbone.", w)},
+    "tutorial": lambda w: {
+        "model_state_dict": w,
+        "optimizer_state_dict": {"state": {0: {"exp_avg": w["norm.weight"]}}},
+    },
+    "twice": lambda w: {"model": {"state_dict": w}, "epoch": 1},
+    "averaged": lambda w: {"model": {k: v + 1 for k, v in w.items()}, "model_ema": {"module": w, "decay": 0.9}},
+    "numbers beside": lambda w: {**w, "epoch": 3, "best": np.float64(0.5)},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth"])
+def test_weights_under_any_key(place, suffix, tmp_path):
+    state = small_state_dict(num_classes=3)
+    torch.save(PLACES[place](state), tmp_path / f"a{suffix}")
+    assert same(convert(tmp_path / f"a{suffix}", PICO, tmp_path / "out"), state)
+
+
+@pytest.mark.parametrize("inside", [lambda w: w, lambda w: {"state_dict": w}])
+def test_several_models_in_one_file(inside, tmp_path, capsys):
+    state = small_state_dict(num_classes=3)
+    other = {key: value + 1 for key, value in state.items()}
+    torch.save({"student": inside(state), "teacher": inside(other)}, tmp_path / "dino.pth")
+    assert command(tmp_path / "dino.pth", tmp_path / "out", PICO) == 2
+    said = capsys.readouterr().err
+    assert "2 models" in said
+    assert "student" in said
+    assert "teacher" in said
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "dino.pth"),
+                "--model",
+                PICO,
+                "--output",
+                str(tmp_path / "out"),
+                "--key",
+                "teacher",
+            ]
+        )
+        == 0
+    )
+    assert same(tmp_path / "out", other)
+    with pytest.raises(UserError, match="unknown key of the checkpoint 'teach'"):
+        convert(tmp_path / "dino.pth", PICO, tmp_path / "out", key="teach")
+
+
+def test_data_beside_the_weights_is_read_and_code_is_not(tmp_path):
+    state = small_state_dict(num_classes=3)
+    beside = {
+        "best": np.float32(81.2),
+        "history": np.arange(3.0),
+        "dtype": np.dtype("int8"),
+        "rng": np.random.get_state(),
+        "args": argparse.Namespace(path=pathlib.Path("runs/x")),
+        "counts": collections.Counter("abc"),
+        "when": datetime.datetime(2026, 1, 1),
+    }
+    torch.save({"model": state, **beside}, tmp_path / "good.pth")
+    assert same(convert(tmp_path / "good.pth", PICO, tmp_path / "out"), state)
+    torch.save({"model": state, "list": np.array([Payload(_mark(tmp_path))], dtype=object)}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="nothing was run"):
+        convert(tmp_path / "bad.pth", PICO, tmp_path / "out")
+    assert not _mark(tmp_path).exists()
+
+
+def test_sizes_follow_from_the_weights(tmp_path):
+    state = small_state_dict(num_classes=3, in_chans=1, img_size=48)
+    torch.save(state, tmp_path / "a.pth")
+    folder = convert(tmp_path / "a.pth", PICO, tmp_path / "out")
+    assert same(folder, state)
+    model = hub.load(folder)
+    assert tuple(model.pretrained_cfg["input_size"]) == (1, 48, 48)
+    assert len(model.pretrained_cfg["mean"]) == 1
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 1, 48, 48)).shape == (1, 3)
+    windows = small_state_dict("effzoo_swin_tiny_patch4_window7_224", window_size=4, num_classes=2)
+    torch.save(windows, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="window_size=N"):
+        convert(tmp_path / "b.pth", "effzoo_swin_tiny_patch4_window7_224", tmp_path / "swin")
+    convert(tmp_path / "b.pth", "effzoo_swin_tiny_patch4_window7_224", tmp_path / "swin", kwargs={"window_size": 4})
+
+
+def test_what_a_file_says_of_its_classes_and_architecture(tmp_path, capsys):
+    state = small_state_dict(num_classes=2)
+    torch.save({"state_dict": state, "arch": PICO, "class_to_idx": {"red": 1, "blue": 0}}, tmp_path / "a.pth")
+    model = hub.load(tmp_path / "a.pth")
+    assert hub.label_names(model) == ("blue", "red")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert hub.label_names(hub.load(convert(tmp_path / "a.pth", PICO, tmp_path / "out"))) == ("blue", "red")
+    assert hub.load(tmp_path / "a.pth", num_classes=5).num_classes == 5
+    assert hub.load(tmp_path / "a.pth", in_chans=1).patch_embed.proj[0].weight.shape[1] == 1
+    assert effvit_zoo.create_model(str(tmp_path / "a.pth")).num_classes == 2
+
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"doesn't say its architecture: name it by model\.architecture=NAME"):
+        hub.load(tmp_path / "b.pth")
+    assert hub.load(tmp_path / "b.pth", architecture=PICO).num_classes == 2
+    with pytest.raises(UserError, match="does not hold the weights of effzoo_swiftformer_pico"):
+        hub.load(tmp_path / "b.pth", architecture="effzoo_swiftformer_pico")
+    assert hub.resolve_name(tmp_path / "out" / "model.safetensors") == hub.resolve_name(tmp_path / "out")
+
+
+def test_training_starts_from_a_file(tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", {"": {"blue": 8, "red": 8}})
+    state = small_state_dict(num_classes=5)
+    torch.save({"model": behind("module.", state)}, tmp_path / "a.ckpt")
+    settings = [f"data.root={photos}", f"model.name={tmp_path / 'a.ckpt'}", "optim.lr=1e-12", "optim.weight_decay=0"]
+    assert train_small(tmp_path / "run", *settings) == 2
+    assert "model.architecture=NAME" in capsys.readouterr().err
+    assert train_small(tmp_path / "run", *settings, f"model.architecture={PICO}") == 0
+    assert "classifier: new, the weights name no classes" in capsys.readouterr().out
+    got = hub.load(tmp_path / "run").state_dict()
+    torch.testing.assert_close(got["blocks.2.mlp.fc1.weight"], state["blocks.2.mlp.fc1.weight"], atol=1e-5, rtol=0)
+    assert not (hub.read_config(tmp_path / "run")["pretrained_cfg"].get("license"))
+
+
+def test_a_number_without_a_tag_claims_no_published_weights(tmp_path):
+    state = small_state_dict("effzoo_vit_tiny")
+    torch.save(state, tmp_path / "a.pth")
+    own = hub.load(convert(tmp_path / "a.pth", "effzoo_vit_tiny", tmp_path / "own"))
+    assert hub.class_names(own)[0] == "0"
+    official = hub.load(convert(tmp_path / "a.pth", "effzoo_vit_tiny.fb_in1k", tmp_path / "official"))
+    assert hub.class_names(official)[0] == "tench, Tinca tinca"

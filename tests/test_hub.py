@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import effvit_zoo
 from effvit_zoo import hub
+from effvit_zoo.data import record_of
 from effvit_zoo.errors import UserError
 
 NAME = "test_vit"  # timm's own test model: 0.37 M parameters, fixed input size
@@ -374,3 +377,65 @@ def test_folders_that_are_none(tmp_path, folder):
         hub.load(folder, depht=2)
     with pytest.raises(UserError, match="expected a model folder"):
         hub.read_config(NAME)
+
+
+def _with_extra(folder, extra):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"effvit_zoo": extra}))
+
+
+_PART = {"images": 3, "names": "ab", "sketch": "0123456789abcdef"}
+_RECORD = {"root": "photos", "train_split": None, "val_split": None, "train": _PART, "val": _PART}
+
+
+@pytest.mark.parametrize(
+    "extra", [None, {"data": None, "task": None}, {"data": "photos", "seed": None}, {"data": _RECORD}]
+)
+def test_null_is_as_if_it_were_not_there(extra, tmp_path):
+    folder = hub.save(effvit_zoo.create_model("effzoo_vit_pico", num_classes=2), tmp_path / "model")
+    _with_extra(folder, extra)
+    config = hub.read_config(folder)
+    assert None not in (config.get("effvit_zoo") or {}).values()
+    assert hub.load(folder).effvit_zoo_record == config.get("effvit_zoo", {})
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"task": 3}, "task in 'effvit_zoo' is 3, expected a text"),
+        ({"data": "photos", "seed": "one"}, "seed in 'effvit_zoo' is 'one', expected a whole number"),
+        ({"data": "photos", "val_fraction": 7}, "val_fraction in 'effvit_zoo' is 7, expected a share"),
+        ({"data": ["photos"]}, "data in 'effvit_zoo'"),
+        ({"data": {**_RECORD, "root": 3}}, "root in 'effvit_zoo' is 3"),
+        ({"data": {**_RECORD, "train": 3}}, "train in 'effvit_zoo' is 3"),
+        ({"data": {**_RECORD, "val": {**_PART, "sketch": "zz"}}}, "sketch in 'effvit_zoo' is 'zz'"),
+        ({"data": {**_RECORD, "held_out": {"": 5}}}, "is 5, expected 16 hexadecimal digits"),
+    ],
+)
+def test_a_record_of_the_wrong_kind_is_one_line(extra, words, tmp_path):
+    folder = hub.save(effvit_zoo.create_model("effzoo_vit_pico", num_classes=2), tmp_path / "model")
+    _with_extra(folder, extra)
+    with pytest.raises(UserError, match=re.escape(words)):
+        hub.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({**_RECORD, "held_out": {}}, "lacks ranked_by, val_fraction, split_seed"),
+        ({"root": "photos", "train_split": None, "train": {}}, "lacks val_split, val, train.images"),
+        ({"root": "photos"}, "lacks val_fraction, split_seed"),
+    ],
+)
+def test_a_record_with_gaps_is_one_line(data, words):
+    with pytest.raises(UserError, match=words):
+        record_of({"data": data})
+
+
+def test_layers_that_share_weights(tmp_path):
+    model = effvit_zoo.create_model("effzoo_vit_pico", num_classes=2)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    again = hub.load(hub.save(model, tmp_path / "tied"))
+    assert torch.equal(again.blocks[1].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(x), model.eval()(x))

@@ -383,6 +383,7 @@ def test_faults_while_pushing(the_hub, trained, tmp_path, capfd, pattern, kind, 
 
 def test_faults_of_the_xet_protocol_are_one_line(the_hub, trained, capfd, monkeypatch):
     """This Hub doesn't speak it, and its library raises errors of its own."""
+    monkeypatch.chdir(trained.parent)
     monkeypatch.setattr(hub_client.constants, "HF_HUB_DISABLE_XET", False)
     assert "; the repository was created, but holds no model" in error_line(["push", trained, NAME], capfd)
 
@@ -806,8 +807,47 @@ def test_hashes_are_those_of_the_hub(tmp_path):
 
 
 def test_an_unreachable_hub_is_said_at_once(the_hub, trained, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "home")  # the discard port: nobody answers
     start = time.monotonic()
     assert "cannot reach http://127.0.0.1:9 for ada/birds" in error_line(["push", trained, NAME], capfd)
     assert "cannot reach http://127.0.0.1:9 for ada/birds" in error_line(["pull", NAME], capfd)
     assert time.monotonic() - start < 5
+
+
+def test_nothing_of_the_machine_is_pushed(the_hub, tmp_path):
+    """Absolute paths anywhere in what is recorded, also within sentences, are cut to their last part."""
+    run = tmp_path / "home-of-ada" / "run"
+    model = effvit_zoo.create_model("effzoo_vit_pico", num_classes=2)
+    secret = f"{run}/start.pth"
+    hub.save(model, run / "best", label_names=["a/b", "/c"], extra={"data": "photos", "note": f"from {secret}, twice"})
+    (run / "config.yaml").write_text(f"model: {{name: '{secret}', kwargs: {{note: 'C:\\Users\\ada\\x'}}}}\n")
+    (run / "summary.json").write_text(
+        json.dumps({"data": str(run), "error": f"cannot open {secret}", "url": "https://a.b/c"})
+    )
+    (run / "validation.json").write_text(json.dumps([{"model": "best", "data": str(run), "top1": 1.0}]))
+    effvit_zoo.push(run, "ada/private")
+    files = the_hub.repos["ada/private"].files()
+    for name, content in files.items():
+        if not name.endswith(".safetensors"):
+            assert b"home-of-ada" not in content, name
+            assert b"Users" not in content, name
+    assert json.loads(files["config.json"])["label_names"] == ["a/b", "/c"]
+    assert json.loads(files["config.json"])["effvit_zoo"]["note"] == "from start.pth, twice"
+    assert json.loads(files["training/summary.json"])["url"] == "https://a.b/c"
+
+
+def test_pull_says_where_and_spares_a_checkout(the_hub, trained, tmp_path, monkeypatch, capsys):
+    push(trained, NAME)
+    capsys.readouterr()
+    checkout = tmp_path / "project"
+    (checkout / ".git").mkdir(parents=True)
+    monkeypatch.chdir(checkout)
+    assert main(["pull", NAME]) == 2
+    assert "would be in the checkout" in capsys.readouterr().err
+    assert [path.name for path in checkout.iterdir()] == [".git"]
+    inside = Path(effvit_zoo.__file__).parent / "pulled"
+    assert main(["pull", NAME, "--output", str(inside)]) == 2
+    assert "inside the package" in capsys.readouterr().err
+    assert main(["pull", NAME, "--output", "models/birds"]) == 0
+    assert f"{checkout / 'models/birds'}: to be used as" in capsys.readouterr().out

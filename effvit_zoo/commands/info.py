@@ -41,12 +41,13 @@ def model_facts(name: str) -> dict[str, Any]:
     model: Any = hub.load(name, pretrained=False, device="meta")
     cfg, data = model.pretrained_cfg, resolve_model_data_config(model)
     architecture = cfg["architecture"]
-    config = hub.read_config(resolved) if hub.brings_weights(resolved) else {}
+    own = hub.brings_weights(resolved)  # then accuracy, licence and places of published weights are not the model's
+    config = hub.read_config(resolved) if own else {}
     facts = {
         "model": resolved,
         "architecture": architecture,
         "family": family(architecture),
-        "description": _first_paragraph(model_entrypoint(architecture).__doc__),
+        "description": None if own else _first_paragraph(model_entrypoint(architecture).__doc__),
         "params": cost.count_params(model),
         "macs": cost.count_macs(model),
         "input_size": [*data["input_size"]],
@@ -70,7 +71,7 @@ def model_facts(name: str) -> dict[str, Any]:
         "weights": [
             {"tag": known.tag, "from": known.hf_hub_id or known.url or known.file, "license": known.license}
             for known in get_arch_pretrained_cfgs(architecture).values()
-            if known.has_weights
+            if known.has_weights and not own
         ],
     }
     return {key: value for key, value in facts.items() if value not in (None, [], {}, "")}

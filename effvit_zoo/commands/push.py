@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from ..run_folder import ARCHITECTURE_KEY
 
 HELP = "publish a model folder on the Hub, with its card"
 
@@ -26,7 +30,14 @@ def run(args: argparse.Namespace) -> None:
     from .. import hub
     from ..tasks import card_facts
 
+    pushed: dict[str, Any] = {}
+
+    def describe(config: Mapping[str, Any]) -> hub.CardFacts:
+        pushed.update(config)
+        return card_facts(config)
+
     options = {"private": args.private, "revision": args.revision, "license": args.license, "message": args.message}
-    address = hub.push(args.folder, args.name, card_facts, **options)
+    address = hub.push(args.folder, args.name, describe, **options)
     place = f"{args.name}@{args.revision}" if args.revision else args.name
-    print(f"{address}: to be used as {hub.HUB}{place}, after import effvit_zoo")
+    how = "by timm too" if ARCHITECTURE_KEY in pushed else "after import effvit_zoo"
+    print(f"{address}: to be used as {hub.HUB}{place}, {how}")

@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="split of the data (default: auto, what the models were validated on if one was trained on this data, else val, test or all)",
     )
     parser.add_argument(
+        "--classes",
+        choices=("name", "position"),
+        default="name",
+        help="how classes of the data and of the model correspond (default: %(default)s)",
+    )
+    parser.add_argument(
         "--img-size", type=int, nargs="+", metavar="N", help="one or more sizes in pixels (default: the model's)"
     )
     parser.add_argument(
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     for candidate in candidates:
         if candidate.weights == RANDOM:
             print(f"{candidate.name} has random weights: {_published(candidate.name)}", file=sys.stderr)
-    options = Options(args.split, args.crop_pct, args.batch_size, args.workers, device)
+    options = Options(args.split, args.crop_pct, args.batch_size, args.workers, device, args.classes == "position")
     rows = validate(candidates, args.data, options, args.img_size or (None,), on_failure=skip)
     if not rows:
         raise UserError(f"none of the {len(args.model)} models could be measured")

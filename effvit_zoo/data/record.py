@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from .roots._names import composed
 from .sources import Source
 
@@ -116,10 +117,29 @@ def record_of(extra: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """
     data = extra.get("data")
     if isinstance(data, Mapping):
-        return data if isinstance(data.get("root"), str) else None
+        if not isinstance(data.get("root"), str):
+            return None
+        if lacking := _lacking(data):
+            raise UserError(
+                f"the model's record of its training data lacks {', '.join(lacking)}: choose what to measure by --split"
+            )
+        return data
     if not isinstance(data, str):
         return None
     return {"root": data, "split_seed": extra.get("seed", 0), "val_fraction": extra.get("val_fraction", 0.1)}
+
+
+def _lacking(data: Mapping[str, Any]) -> list[str]:
+    """Keys that a record needs beside those that it has."""
+    if "train_split" not in data:
+        return [key for key in ("val_fraction", "split_seed") if key not in data]  # of an earlier version
+    needed = ["val_split", *(("ranked_by", "val_fraction", "split_seed", "train", "val") if "held_out" in data else ())]
+    sides = [side for side in ("train", "val") if side in data]  # of streams there are none
+    needed += ["train", "val"] if sides else []
+    missing = [key for key in dict.fromkeys(needed) if key not in data]
+    return missing + [
+        f"{side}.{key}" for side in sides for key in ("images", "names", "sketch") if key not in data[side]
+    ]
 
 
 def shared(part: Mapping[str, Any], hashes: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,7 @@ class Options:
         batch_size: Images per forward pass.
         num_workers: Loader processes; None for one per core, at most 8.
         device: Where to compute; None for a GPU where there is one. Exported files compute on the CPU.
+        by_position: Class number n of the data is number n of the model, whatever their names.
     """
 
     split: str = "auto"
@@ -64,6 +66,7 @@ class Options:
     batch_size: int = 128
     num_workers: int | None = None
     device: str | None = None
+    by_position: bool = False
 
 
 def validate(
@@ -229,7 +232,9 @@ def _measure(
     device: torch.device,
     bad: dict[str, str],
 ) -> Any:
-    source = task.align(measured.source)
+    source, remark = task.align(measured.source, options.by_position)
+    if remark:
+        tqdm.write(remark, file=sys.stderr)
     transforms = task.transforms(data_config)
     loader = validation_batches(source, transforms.val, options.batch_size, worker_count(options.num_workers, 1))
     total = None if isinstance(source, StreamSource) else -(-len(source) // options.batch_size)

@@ -17,9 +17,12 @@ import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..run_folder import CONFIG, EXTRA_KEY, MODEL_CONFIG, RECORDS, SUMMARY, VALIDATION
+from ..run_folder import ARCHITECTURE_KEY, CONFIG, EXTRA_KEY, MODEL_CONFIG, RECORDS, SUMMARY, VALIDATION
 from ..version import __version__
 from .folder import HUB, LOCAL
+
+INSTALL = "```bash\npip install effvit_zoo\n```"
+"""First lines of the card of a model that timm alone can't build; the script follows."""
 
 OWN_WORDS = "<!-- What stands below this line is kept when the model is pushed again. -->"
 _DATA_SETS = {
@@ -136,13 +139,15 @@ def make(
     """
     records = _Records(files, license)
     place = f"{repo_id}@{revision}" if revision else repo_id
+    script = f"```python\n{facts.usage(place)}```"
+    in_timm = ARCHITECTURE_KEY in records.config
     parts = [
+        *(() if in_timm else (INSTALL, script)),
         f"# {repo_id.partition('/')[2]}",
         _introduction(records, facts),
         "## Use",
-        "With the package `effvit_zoo` installed:",
-        f"```python\n{facts.usage(place)}```",
-        f"Or, for images and folders of them: `effzoo predict --model {HUB}{place} photo.jpg`.",
+        *(("The architecture is one of timm's too, which is all that this needs:", script) if in_timm else ()),
+        f"For images and folders of them: `effzoo predict --model {HUB}{place} photo.jpg`.",
         f"To train it further: `effzoo train --config {facts.recipe} --set model.name={HUB}{place} data.root=FOLDER`."
         if facts.recipe
         else "",

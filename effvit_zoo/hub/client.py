@@ -44,6 +44,7 @@ FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, errors.Of
 """What the client raises when a request to the Hub, the network or the disk fails. Bad requests are ValueErrors too."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{16,}")
+WITHOUT_NETWORK = "without a network use a model folder (copied, or made by `effzoo pull` where there is one) or no pretrained weights"
 _HELP = "`hf auth login` or the environment variable HF_TOKEN sets one"
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (
@@ -108,7 +109,7 @@ def explain(error: BaseException) -> str:
         cause = error.__cause__
         if isinstance(cause, HfHubHTTPError):
             return f"{explain(cause)}; and it is not in the cache"
-        return "the Hub can't be reached, and it is not in the cache"
+        return f"the Hub can't be reached, and it is not in the cache; {WITHOUT_NETWORK}"
     for kind, text in _KINDS:
         if isinstance(error, kind):
             return text
@@ -151,7 +152,7 @@ def require_reachable(repo: str) -> None:
     if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")).exists():
         return
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{repo} is not in the Hub's cache, and HF_HUB_OFFLINE is set")
+        raise UserError(f"{repo} is not in the Hub's cache, and HF_HUB_OFFLINE is set; {WITHOUT_NETWORK}")
     require_answer(repo)
 
 
@@ -162,7 +163,8 @@ def require_answer(purpose: str) -> None:
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except (OSError, HTTPError) as error:
-        raise UserError(f"cannot reach {constants.ENDPOINT} for {purpose}: {one_line(error)}") from None
+        reason = f"cannot reach {constants.ENDPOINT} for {purpose}: {one_line(error)}"
+        raise UserError(f"{reason}; HF_ENDPOINT names a mirror, {WITHOUT_NETWORK}") from None
 
 
 def fetch(repo: str, names: Sequence[str], revision: str | None = None, *, verify: bool = False) -> Path:

@@ -1,38 +1,72 @@
-"""Converts a checkpoint of a paper's official repository, of timm or of a training run to a model folder.
+"""Models from checkpoint files of a paper's official repository, of timm or of any training, and their conversion to model folders.
 
-The file is read as weights only: a pickle may hold nothing but tensors and `argparse.Namespace`, in which official checkpoints keep
-their settings. The model's family renames the parameters, then every name and shape must match.
+The file is read as data only and the weights are found in it, see `checkpoint`. The model's family renames the parameters; numbers of
+classes and channels and the image size follow from the weights. Then every name and shape must match.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import re
-import warnings
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
-from timm.models import clean_state_dict, model_entrypoint
+from timm.models import is_model, split_model_name_tag
 from torch import nn
 
-from ..errors import UserError, one_line, unknown_choice
-from ..models._base import unwrap_state_dict
-from .folder import HUB, LOCAL, listed, resolve_name, save
+from ..errors import UserError, one_line
+from ..models import STARTED_RANDOM
+from . import checkpoint
+from .checkpoint import SUFFIXES as SUFFIXES
+from .checkpoint import Found
+from .folder import FILE, HUB, LOCAL, listed, resolve_name, save
 
 
-def convert(file: str | Path, name: str, folder: str | Path) -> Path:
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose weights are those of a model.
+
+    Attributes:
+        model: The model, with the weights.
+        kwargs: Its constructor arguments.
+        found: Where the weights were.
+        names: Class names that the checkpoint gives, None where it gives none.
+    """
+
+    model: Any
+    kwargs: dict[str, Any]
+    found: Found
+    names: list[str] | None
+
+    @property
+    def note(self) -> str:
+        """What was taken, in words; "" where there was no choice."""
+        beside = f", {self.found.left_out} tensors beside them left out" if self.found.left_out else ""
+        return f"weights under {self.found.key!r}{beside}" if self.found.key else ""
+
+
+def convert(
+    file: str | Path,
+    name: str,
+    folder: str | Path,
+    *,
+    key: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Path:
     """Writes the weights of a checkpoint file as a model folder.
 
     Args:
-        file: A checkpoint; tensors at its top or under "model", "state_dict" or a key of averaged weights, which have precedence.
-        name: A registered model, with or without a weights tag; the tag says which preprocessing goes with the weights.
+        file: A checkpoint; its weights may lie under any keys and prefixes. Averaged weights have precedence.
+        name: A registered model, with or without a weights tag; the tag says which published weights these are.
         folder: Where to; an existing model folder is replaced, as by `save`.
+        key: Place of the weights, keys joined by dots, where several would do.
+        kwargs: Constructor arguments that the weights don't tell, e.g. `window_size`.
+        tell: Called with a line about where the weights were, unless it was the top of the file.
 
     Returns:
         The folder's absolute path.
@@ -44,102 +78,141 @@ def convert(file: str | Path, name: str, folder: str | Path) -> Path:
     """
     file, folder = Path(file), Path(folder)
     resolved = resolve_name(name)
-    if resolved.startswith((LOCAL, HUB)):
+    if resolved.startswith((LOCAL, HUB, FILE)):
         raise UserError(f"expected the name of a model, got {name}: the weights are those of the file")
     if file.resolve().parent == folder.resolve():
         raise UserError(f"the checkpoint {file} lies in the output folder itself, which would replace it")
-    complaint = f"{file} does not hold the weights of {name}"
-    weights = _tensors(_read(file), file)
-    model: Any = timm.create_model(resolved, device="meta")
-    weights = _renamed(weights, model, complaint)
-    num_classes = _num_classes(weights, model)
-    if num_classes != model.num_classes:
-        model = timm.create_model(resolved, device="meta", num_classes=num_classes)
-    _fill(model, weights, complaint)
+    opened = open_checkpoint(checkpoint.read(file), file, resolved, key, kwargs or {})
+    model = opened.model
+    published = timm.models.get_pretrained_cfg(resolved)
+    tagged = bool(split_model_name_tag(resolved)[1]) and published and published.num_classes == model.num_classes
+    setattr(model, STARTED_RANDOM, not tagged)
     try:
-        return save(model, folder, extra={"converted_from": file.name})
+        extra = {"converted_from": file.name}
+        saved = save(model, folder, label_names=opened.names, data_config=_data_config(model), extra=extra)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if opened.note and tell is not None:
+        tell(opened.note)
+    return saved
 
 
-def _read_pickle(file: Path) -> Any:
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about formats, each followed by the error that is reported
-        return torch.load(file, map_location="cpu", weights_only=True)
+def load_checkpoint(
+    file: Path, *, architecture: str | None = None, key: str | None = None, pretrained: bool = True, **kwargs: Any
+) -> nn.Module:
+    """A model with the weights of a checkpoint file; `kwargs` as for `timm.create_model`, e.g. another `num_classes` or `in_chans`.
 
+    Args:
+        file: As in `convert`.
+        architecture: A registered model; None for what the file itself says.
+        key: As in `convert`.
+        pretrained: False for the model that the weights belong to, without them.
+        kwargs: Constructor arguments that differ from those that follow from the weights.
 
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".safetensors": load_file,
-    **dict.fromkeys((".pth", ".pt", ".bin", ".tar"), _read_pickle),  # timm writes .pth.tar
-}
-SUFFIXES = tuple(_READERS)
-
-
-def _read(file: Path) -> Any:
-    """What a checkpoint file holds. Raises `UserError`."""
-    if not file.is_file():
-        raise UserError(f"checkpoint {file} is {'not a file' if file.exists() else 'not there'}")
-    if file.suffix.lower() not in _READERS:
-        raise unknown_choice("kind of checkpoint", file.suffix or file.name, SUFFIXES)
-    if file.stat().st_size == 0:
-        raise UserError(f"checkpoint {file} is empty")
-    try:
-        return _READERS[file.suffix.lower()](file)
-    except PermissionError:
-        raise
-    except Exception as error:  # only parsers of torch and safetensors run here; damaged files make them raise anything, TypeErrors too
-        text = one_line(error, limit=10_000)
-        if requested := re.search(r"(?:GLOBAL|class) ([\w.]+)", text):
-            reason = f"it asks for {requested.group(1)}; nothing was run"
-            raise UserError(f"checkpoint {file} holds more than weights: {reason}") from error
-        text = text.partition("WeightsUnpickler error: ")[2] or text  # after advice to load it unsafely
-        reason = re.split(r"\. | Check the documentation", text)[0][:150]
-        raise UserError(f"checkpoint {file} is damaged, incomplete or no checkpoint ({reason})") from error
-
-
-def _tensors(content: Any, file: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint, without the prefixes of wrappers."""
-    weights = unwrap_state_dict(content) if isinstance(content, dict) else content
-    if not isinstance(weights, Mapping) or not weights:
-        raise UserError(f"checkpoint {file} holds no weights but {_described(weights)}, expected a mapping of tensors")
-    for key, value in weights.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"checkpoint {file}: {key} is {_described(value)}, expected a tensor")
-        if value.is_meta or value.layout is not torch.strided:
-            raise UserError(f"checkpoint {file}: {key} is a tensor without data or a sparse one, expected a dense one")
-    return clean_state_dict(dict(weights))
-
-
-def _described(value: object) -> str:
-    return f"an empty {type(value).__name__}" if value in ({}, [], ()) else f"a {type(value).__name__}"
-
-
-def _renamed(weights: dict[str, torch.Tensor], model: Any, complaint: str) -> dict[str, torch.Tensor]:
-    """The weights under the model's own names, by its family's `checkpoint_filter_fn`.
-
-    That function also resamples what depends on the image's size, which is good for fine-tuning; here it would make another model.
+    Raises:
+        UserError: As `convert`, and where the architecture isn't known.
     """
-    family = importlib.import_module(model_entrypoint(model.pretrained_cfg["architecture"]).__module__)
-    filter_fn = getattr(family, "checkpoint_filter_fn", None)
-    if filter_fn is None:
-        return weights
+    content = checkpoint.read(file)
+    name = architecture or checkpoint.recorded_architecture(content)
+    if name is None or not is_model(split_model_name_tag(name)[0]):
+        said = f"names the architecture {name!r}, which is not known" if name else "doesn't say its architecture"
+        raise UserError(
+            f"{file} {said}: name it by model.architecture=NAME (in Python architecture=), "
+            f"or run `effzoo convert {file} --model NAME --output FOLDER` and use the folder; `effzoo list` has the names"
+        )
+    build_only = {k: v for k, v in kwargs.items() if k not in ("num_classes", "in_chans", "img_size", "device")}
+    opened = open_checkpoint(content, file, resolve_name(name), key, build_only)
+    wanted = opened.kwargs | kwargs
+    overlay: dict[str, Any] = dict.fromkeys(("hf_hub_id", "hf_hub_filename", "url", "file", "source", "tag", "license"))
+    overlay |= {"state_dict": opened.model.state_dict(), "num_classes": opened.model.num_classes, "custom_load": False}
+    overlay |= _data_config(opened.model)
     try:
-        renamed = filter_fn(dict(weights), model)
-    except (RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        raise UserError(f"{complaint}: {one_line(error)}") from error
-    sizes = Counter(tensor.numel() for tensor in weights.values())
-    for key, tensor in renamed.items():
+        model: Any = timm.create_model(resolve_name(name), pretrained, pretrained_cfg_overlay=overlay, **wanted)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"cannot build {name} for the weights of {file}: {one_line(error)}") from error
+    model.pretrained_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "state_dict"}
+    if opened.names and model.num_classes == len(opened.names):
+        model.pretrained_cfg["label_names"] = opened.names
+    setattr(model, STARTED_RANDOM, True)
+    model.effvit_zoo_record = {"converted_from": file.name}
+    return model
+
+
+def open_checkpoint(content: Any, file: Path, name: str, key: str | None, kwargs: Mapping[str, Any]) -> Opened:
+    """The model that a checkpoint holds the weights of. Raises `UserError` where they aren't those of the named one."""
+    complaint = f"{file} does not hold the weights of {name}"
+    given = dict(kwargs)
+    model = _on_meta(name, given)
+    found = checkpoint.find(content, file, model, key)
+    sizes = _sizes(found, model)
+    sizes = {argument: value for argument, value in sizes.items() if argument not in given}
+    if sizes:
+        given |= sizes
+        model = _on_meta(name, given)
+        found = checkpoint.find(content, file, model, found.key)
+    _refuse_resampled(found, complaint)
+    _fill(model, found.renamed, f"{complaint}{f' under {found.key!r}' if found.key else ''}")
+    return Opened(model, given, found, checkpoint.recorded_names(content, model.num_classes))
+
+
+def _on_meta(name: str, kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, device="meta", **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{name} can't be built with {dict(kwargs)}: {one_line(error)}") from error
+
+
+def _sizes(found: Found, model: Any) -> dict[str, Any]:
+    """Constructor arguments that follow from shapes of the weights and differ from the model's: classes, channels, image size."""
+    sizes: dict[str, Any] = {}
+    cfg, weights = model.pretrained_cfg, found.renamed
+    classifier, first = (_first(cfg.get(entry)) for entry in ("classifier", "first_conv"))
+    head = weights.get(f"{classifier}.weight")
+    if head is not None and head.ndim and head.shape[0] != model.num_classes:
+        sizes["num_classes"] = head.shape[0]
+    stem, own = weights.get(f"{first}.weight"), model.state_dict().get(f"{first}.weight")
+    if stem is not None and own is not None and stem.ndim == own.ndim == 4 and stem.shape[1] != own.shape[1]:
+        sizes["in_chans"] = stem.shape[1]
+    table, expected = found.weights.get("pos_embed"), getattr(model, "pos_embed", None)
+    if table is not None and expected is not None and table.ndim == 3 and table.shape != expected.shape:
+        patches = table.shape[1] - (expected.shape[1] - math.prod(model.patch_embed.grid_size))
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches and table.shape[2] == expected.shape[2]:
+            sizes["img_size"] = side * model.patch_embed.patch_size[0]
+    return sizes
+
+
+def _first(names: Any) -> str:
+    return names if isinstance(names, str) else str(names[0]) if names else ""
+
+
+def _data_config(model: Any) -> dict[str, Any]:
+    """Preprocessing for the model's own channels and image size, where they differ from its config's."""
+    cfg = model.pretrained_cfg
+    channels = int(getattr(model, "in_chans", 0) or cfg["input_size"][0])
+    first = model.state_dict().get(f"{_first(cfg.get('first_conv'))}.weight")
+    if first is not None and first.ndim == 4:
+        channels = first.shape[1]
+    size = tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg["input_size"][1:])
+    if (channels, *size) == tuple(cfg["input_size"]):
+        return {}
+    changed: dict[str, Any] = {"input_size": (channels, *size)}
+    for key in ("mean", "std"):
+        if len(cfg[key]) != channels:
+            changed[key] = (sum(cfg[key]) / len(cfg[key]),) * channels
+    return changed
+
+
+def _refuse_resampled(found: Found, complaint: str) -> None:
+    """A family's renaming also resamples what depends on the image's size, which is good for fine-tuning; here it would make another
+    model."""
+    sizes = Counter(tensor.numel() for tensor in found.weights.values())
+    for key, tensor in found.renamed.items():
         if not sizes[tensor.numel()]:
-            raise UserError(f"{complaint}: {key} is of another image or window size")
+            raise UserError(
+                f"{complaint}: {key} is of another image or window size (--set img_size=N or window_size=N)"
+            )
         sizes[tensor.numel()] -= 1
-    return renamed
-
-
-def _num_classes(weights: Mapping[str, torch.Tensor], model: Any) -> int:
-    """Outputs of the checkpoint's classifier; those of the model where it has none, which is reported as missing later."""
-    classifier = model.pretrained_cfg.get("classifier") or ""
-    head = weights.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
-    return model.num_classes if head is None or head.ndim == 0 else head.shape[0]
 
 
 def _fill(model: nn.Module, weights: Mapping[str, torch.Tensor], complaint: str) -> None:

@@ -8,6 +8,7 @@ folder or from the Hub is executed: weights are safetensors, or pickles read wit
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -24,17 +25,24 @@ import timm
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, is_model, split_model_name_tag
-from timm.models._hub import load_model_config_from_path, save_config_for_hf
+from timm.models._hub import _parse_model_cfg, save_config_for_hf
 from torch import nn
 
 from ..errors import UserError, one_line, unknown_choice
+from ..models import STARTED_RANDOM, started
 from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG, WEIGHTS, read_json, write_json
+from .checkpoint import is_checkpoint
 from .client import FAILURES, explain, fetch, quiet, require_name
 from .config_check import checked_config, known_models
 from .labels import label_names as labels_of
 
-LOCAL, HUB = "local-dir:", "hf-hub:"
+LOCAL, HUB, FILE = "local-dir:", "hf-hub:", "file:"
 WEIGHTS_FILES = (WEIGHTS, "pytorch_model.bin")  # in the order in which timm looks for them
+
+_CFG_KEYS = {field.name for field in fields(PretrainedCfg)}
+
+_CLAIMS = ("tag", "license", "description", "notes")
+"""Keys of timm's pretrained_cfg that speak of published weights, besides the places where these are."""
 
 # What building a model from a foreign config and filling it from foreign weights can raise.
 _DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
@@ -106,9 +114,10 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
 
     Args:
         name: `effzoo_*` or any other timm model (with or without `.tag`), `local-dir:FOLDER`, the plain path of a model
-            folder or of a run folder (stands for its `best/`), or `hf-hub:USER/NAME[@REVISION]`.
-        pretrained: Whether to load weights. None: yes for folders and the Hub, no for plain names.
-        kwargs: Passed to `timm.create_model`, e.g. `num_classes`, `in_chans`, `img_size`, `device`.
+            folder or of a run folder (stands for its `best/`), `hf-hub:USER/NAME[@REVISION]`, or a checkpoint file.
+        pretrained: Whether to load weights. None: yes for folders, the Hub and files, no for plain names.
+        kwargs: Passed to `timm.create_model`, e.g. `num_classes`, `in_chans`, `img_size`, `device`. For a checkpoint file also
+            `architecture` and `key`, see `convert.load_checkpoint`.
 
     Raises:
         UserError: Unknown model, arguments it doesn't take, no weights, weights that are damaged or don't fit, a malformed
@@ -119,9 +128,15 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
     """
     resolved = resolve_name(name)
     if pretrained is None:
-        pretrained = resolved.startswith((LOCAL, HUB))
+        pretrained = resolved.startswith((LOCAL, HUB, FILE))
+    if resolved.startswith(FILE):
+        from .convert import load_checkpoint  # which is built on this file
+
+        return load_checkpoint(Path(resolved.removeprefix(FILE)), pretrained=pretrained, **kwargs)
+    if kwargs.get("architecture") is not None:
+        raise UserError(f"architecture belongs to a checkpoint file, {name} has its own")
     if not resolved.startswith((LOCAL, HUB)):
-        return _create(resolved, pretrained, kwargs)
+        return started(_create(resolved, pretrained, kwargs), pretrained)
     path, shown = _config_path(resolved)
     config = checked_config(path, shown)
     if resolved.startswith(HUB):
@@ -130,22 +145,22 @@ def load(name: str | Path, *, pretrained: bool | None = None, **kwargs: Any) -> 
         resolved = f"{HUB}{repo}@{commit}"
         if pretrained:
             fetch(repo, WEIGHTS_FILES, commit)
-    unknown = sorted((config.get("pretrained_cfg") or {}).keys() - {field.name for field in fields(PretrainedCfg)})
+    unknown = sorted((config.get("pretrained_cfg") or {}).keys() - _CFG_KEYS)
     if unknown:
         _log.warning("%s: timm %s ignores %s of pretrained_cfg", shown, timm.__version__, ", ".join(unknown))
-        resolved = f"{LOCAL}{path.parent}"
     num_classes = kwargs.get("num_classes")
     if pretrained and num_classes is not None and num_classes != config.get("num_classes"):
         # With another head timm loads what fits and is silent about the rest, so first make sure that all of it fits.
         rest = {key: value for key, value in kwargs.items() if key != "num_classes"}
-        _create(resolved, pretrained, rest, name, bool(unknown))
-    model: Any = _create(resolved, pretrained, kwargs, name, bool(unknown))
+        _create(resolved, pretrained, rest, name, config)
+    model: Any = _create(resolved, pretrained, kwargs, name, config)
     model.effvit_zoo_record = config.get(EXTRA_KEY) or {}
     return model
 
 
 def resolve_name(name: str | Path) -> str:
-    """The model's name for timm: a registry name, `local-dir:` and an absolute path, or `hf-hub:` and an id.
+    """The model's name for timm: a registry name, `local-dir:` and an absolute path, or `hf-hub:` and an id. A checkpoint file is
+    `file:` and its absolute path, or the model folder that it is the weights of.
 
     Raises:
         UserError: No such model or weights tag, or no model folder there.
@@ -162,6 +177,10 @@ def resolve_name(name: str | Path) -> str:
             raise unknown_choice(f"weights tag of {architecture}", tag, [known for known in tags if known])
         _require_one_meaning(name)
         return name
+    if is_checkpoint(name):
+        file = Path(name).expanduser().resolve()
+        whole = file.name in WEIGHTS_FILES and (file.parent / MODEL_CONFIG).is_file()
+        return f"{LOCAL}{file.parent}" if whole else f"{FILE}{file}"
     if Path(name).expanduser().exists() or name.startswith((".", "~", "/")):
         return LOCAL + str(model_folder(name))
     if source := re.match(r"[A-Za-z][\w.+-]+:", name):
@@ -181,17 +200,18 @@ def _require_one_meaning(name: str) -> None:
 
 
 def brings_weights(name: str | Path) -> bool:
-    """Whether a name stands for weights too: true for folders and the Hub, false for registry names."""
-    return resolve_name(name).startswith((LOCAL, HUB))
+    """Whether a name stands for weights too: true for folders, the Hub and files, false for registry names."""
+    return resolve_name(name).startswith((LOCAL, HUB, FILE))
 
 
 def read_config(name: str | Path) -> dict[str, Any]:
-    """The checked config.json of a model folder or a model on the Hub.
+    """The checked config.json of a model folder or a model on the Hub; empty for a checkpoint file, which has none.
 
     Raises:
         UserError: Not there, not JSON, of an unknown architecture, or with values of the wrong type.
     """
-    return checked_config(*_config_path(resolve_name(name)))
+    resolved = resolve_name(name)
+    return {} if resolved.startswith(FILE) else checked_config(*_config_path(resolved))
 
 
 def hub_place(name: str) -> tuple[str, str | None]:
@@ -238,23 +258,29 @@ def _config_path(resolved: str) -> tuple[Path, str]:
 
 
 def _create(
-    resolved: str, pretrained: bool, kwargs: Mapping[str, Any], shown: str | Path | None = None, newer: bool = False
+    resolved: str,
+    pretrained: bool,
+    kwargs: Mapping[str, Any],
+    shown: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """`timm.create_model`, each failure as one line that names the model as `shown`.
 
-    `newer`: the folder's pretrained_cfg has keys that this version of timm refuses; it is built without them.
+    `config`: the checked config.json of a folder or a model on the Hub. It is what the model is built from, not the file: nulls are
+    gone, keys that this version of timm refuses are left out, and the architecture is this package's where it has one.
     """
     what = f"cannot load {resolved.removeprefix(LOCAL) if shown is None or resolved.startswith(LOCAL) else shown}"
     try:
-        if pretrained and not resolved.startswith((LOCAL, HUB)):
-            _fetch_published(resolved, kwargs)
         given = dict(kwargs)
-        if newer:
-            cfg, resolved, args = load_model_config_from_path(resolved.removeprefix(LOCAL))
-            known = {field.name for field in fields(PretrainedCfg)}
-            given = {"pretrained_cfg": {key: value for key, value in cfg.items() if key in known}}
+        if config is not None:
+            source, _, place = resolved.partition(":")
+            weights = {"source": source, ("file" if resolved.startswith(LOCAL) else "hf_hub_id"): place}
+            cfg, resolved, args = _parse_model_cfg(copy.deepcopy(dict(config)), weights)
+            given = {"pretrained_cfg": {key: value for key, value in cfg.items() if key in _CFG_KEYS}}
             given |= {"pretrained_model_args": dict(args), **args}
             given |= {key: value for key, value in kwargs.items() if value is not None}
+        elif pretrained:
+            _fetch_published(resolved, kwargs)
         with quiet():
             return timm.create_model(resolved, pretrained=pretrained, **given)
     except UserError:
@@ -322,11 +348,13 @@ def _model_config(
         raise ValueError(f"got {len(given)} label_names for a model of {model.num_classes} classes")
     present = labels_of(model)
     names = tuple(given) if given is not None else present
+    if getattr(model, STARTED_RANDOM, False):
+        config["pretrained_cfg"] = dict.fromkeys(_CLAIMS)
     if names:
         # Here and not in pretrained_cfg, where timm drops them silently when the number of classes has changed.
         config["label_names"] = list(names)
         kept = {} if names == present else {"label_descriptions": None}
-        config["pretrained_cfg"] = {"label_names": None, **kept}
+        config.setdefault("pretrained_cfg", {}).update({"label_names": None, **kept})
     if extra is not None:
         try:
             json.dumps(extra, allow_nan=False)
@@ -360,8 +388,14 @@ def _refuse_altered(model: nn.Module, folder: Path) -> None:
 
 
 def _write_weights(model: nn.Module, writing: Path, folder: Path) -> None:
-    # safetensors takes row-major tensors only; the convolutions of a channels_last model aren't
-    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    tensors, seen = {}, set()
+    for key, value in model.state_dict().items():
+        # safetensors takes row-major tensors only; the convolutions of a channels_last model aren't
+        tensors[key] = value.detach().contiguous()
+        place = tensors[key].untyped_storage().data_ptr()
+        if place in seen:  # layers that share weights: each name gets its copy, so that all of timm's loaders find it
+            tensors[key] = tensors[key].clone()
+        seen.add(place)
     try:
         save_file(tensors, writing / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:

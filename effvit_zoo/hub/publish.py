@@ -28,6 +28,7 @@ from . import card, client
 from .client import FAILURES, explain, fetch
 from .config_check import checked_config
 from .folder import HUB, hub_place, load, model_folder
+from .twin import proven_twin
 
 _RECORD_FILES = (CONFIG, run_folder.SUMMARY, run_folder.VALIDATION, run_folder.METRICS)
 _PUBLISHED = (MODEL_CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in _RECORD_FILES))
@@ -35,6 +36,9 @@ _PUBLISHED = (MODEL_CONFIG, WEIGHTS, CARD, *(f"{RECORDS}/{name}" for name in _RE
 
 _PRIVATE_KEYS = ("bad_file_names", "path")
 _ABSOLUTE = re.compile(r"^(?P<source>local-dir:)?(?:/|~|[A-Za-z]:[\\/])")
+_ABSOLUTE_INSIDE = re.compile(r"(?<![\w.:/\\~-])(?:~?/|[A-Za-z]:[\\/])(?=[^\s/])[^\s'\"<>|,;]*")
+
+_NAMES_OF_CLASSES = ("label_names", "label_descriptions")
 
 _Content = bytes | Path
 
@@ -117,14 +121,12 @@ def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None
         The folder's absolute path: a model folder with the card and the records of its training, where there are any.
 
     Raises:
-        UserError: The folder exists, there is no such model, it is damaged, malformed or not in the safetensors format,
-            or the Hub fails. No folder is left then.
+        UserError: The folder exists, or nobody named it and it would be in a checkout; there is no such model, it is damaged,
+            malformed or not in the safetensors format, or the Hub fails. No folder is left then.
         OSError: A disk fails.
     """
     repo, given = hub_place(repo_id)
-    folder = Path(folder if folder is not None else repo.partition("/")[2]).expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: name another output")
+    folder = _pull_folder(repo_id, folder)
     found = _download(repo, revision or given)
     writing = folder.with_name(f".{folder.name}.pulling")
     shutil.rmtree(writing, ignore_errors=True)
@@ -142,6 +144,20 @@ def pull(repo_id: str, folder: str | Path | None = None, *, revision: str | None
         writing.rename(folder)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+    return folder
+
+
+def _pull_folder(repo_id: str, folder: str | Path | None) -> Path:
+    """Where `pull` writes to. Raises `UserError` where it may not: over something, or into a checkout that nobody named."""
+    given = folder
+    folder = Path(hub_place(repo_id)[0].partition("/")[2] if given is None else given).expanduser().resolve()
+    package = Path(__file__).resolve().parents[1]
+    if folder.is_relative_to(package):
+        raise UserError(f"{folder} would be inside the package effvit_zoo: name another --output")
+    if given is None and ((folder.parent / ".git").exists() or folder.parent == package.parent):
+        raise UserError(f"{folder} would be in the checkout {folder.parent}: name a folder by --output")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: name another output")
     return folder
 
 
@@ -294,12 +310,13 @@ def _contents(
     config = checked_config(folder / MODEL_CONFIG, folder / MODEL_CONFIG)
     if license is not None:
         config.setdefault("pretrained_cfg", {})["license"] = license
-    if run_folder.EXTRA_KEY in config:
-        config[run_folder.EXTRA_KEY] = _public(config[run_folder.EXTRA_KEY])
+    config = _public(config)
     try:
-        load(folder)
+        model = load(folder)
     except UserError as error:
         raise UserError(f"{error}; only a whole model in its training form is pushed, not a fused one") from error
+    if (timms := proven_twin(model, config)) is not None:
+        config |= {"architecture": timms, run_folder.ARCHITECTURE_KEY: config["architecture"]}
     facts = describe(config)
     files: dict[str, _Content] = {MODEL_CONFIG: _as_json(config), WEIGHTS: folder / WEIGHTS}
     own = (folder / RECORDS / CONFIG).is_file()
@@ -333,12 +350,19 @@ def _is_of(row: Mapping[str, Any], model: str) -> bool:
 def _public(value: Any) -> Any:
     """The value without what concerns only the machine it was written on; absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
-        return {key: _public(item) for key, item in value.items() if key not in _PRIVATE_KEYS}
+        kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
+        return {key: item if key in _NAMES_OF_CLASSES else _public(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [_public(item) for item in value]
     if isinstance(value, str) and (match := _ABSOLUTE.match(value)):
-        return (match["source"] or "") + PurePosixPath(value.replace("\\", "/")).name
+        return (match["source"] or "") + _last_part(value)
+    if isinstance(value, str):
+        return _ABSOLUTE_INSIDE.sub(lambda match: _last_part(match[0]), value)
     return value
+
+
+def _last_part(path: str) -> str:
+    return PurePosixPath(path.replace("\\", "/")).name
 
 
 def _as_json(content: Any) -> bytes:

@@ -7,6 +7,8 @@ from . import isotropic_vit as isotropic_vit
 from . import swiftformer as swiftformer
 from . import swin as swin
 from . import tosa_vit as tosa_vit
+from ._base import STARTED_RANDOM as STARTED_RANDOM
+from ._base import started as started
 from ._swap import swap_attention as swap_attention
 from .tosa_vit import AtRatio as AtRatio
 from .tosa_vit import SelectorLosses as SelectorLosses

@@ -39,6 +39,9 @@ from ..errors import unknown_choice_text
 
 BackboneT = TypeVar("BackboneT", bound=nn.Module)
 
+STARTED_RANDOM = "started_random"
+"""Attribute of models that were built without weights: tag, licence and classes of published weights are not theirs."""
+
 
 class Stage(nn.Module):
     """An optional downsampling layer, then blocks, which are recomputed in backward when `grad_checkpointing` is set."""
@@ -332,7 +335,7 @@ def build(
     """timm's factory for a four-stage family; `kwargs`, the arguments of the registered function's caller, override `sizes`."""
     # official training checkpoints contain their command line; timm admits it in local files, but not in downloads from a URL
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
@@ -340,6 +343,14 @@ def build(
             feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
             **{**sizes, **kwargs},
         )
+    return started(model, pretrained)
+
+
+def started(model: BackboneT, pretrained: bool) -> BackboneT:
+    """The model, marked where it starts from random weights."""
+    if not pretrained:
+        setattr(model, STARTED_RANDOM, True)
+    return model
 
 
 def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: str, **overrides: Any) -> Dict[str, Any]:

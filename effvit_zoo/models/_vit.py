@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from ..attention import TokenMixer
-from ._base import imagenet_cfg
+from ._base import imagenet_cfg, started
 from ._fold import fold_output_affine
 from ._swap import SHARED, mixers_by_block, place_tokens
 
@@ -257,7 +257,7 @@ def register_vit(
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         out_indices = kwargs.pop("out_indices", 3)
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             assemble,
             name,
             pretrained,
@@ -265,6 +265,7 @@ def register_vit(
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
             **{**SIZES[size], **own, **kwargs},
         )
+        return started(model, pretrained)
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = module

@@ -36,7 +36,7 @@ from ..models.tosa_vit import ToSAViT
 from ..report.run_page import write_summary
 from ..tasks import TASKS, DistillConfig, Objective, Task
 from ..training.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, parse_run
-from ..training.prepare import build_model, prepare
+from ..training.prepare import prepare
 from ._report import history
 from .contract import Pipeline, Stage, is_done
 
@@ -171,15 +171,17 @@ def make_start(folder: Path, config: ToSAConfig) -> None:
 def _given_model(config: ToSAConfig) -> Any:
     """The model that the config names, if its outputs are those of the data."""
     run_config = _run_config(config, config.selectors, config.model)
-    expected = prepare(run_config, 1).task.label_names or ()
-    name = config.model.name
-    model: Any = hub.load(name, pretrained=config.model.pretrained or hub.brings_weights(name))
-    if model.num_classes != len(expected):
-        raise UserError(
-            f"{name} has {model.num_classes} classes and {config.data.root} has {len(expected)}: "
-            "give the pipeline a dense stage, or a model that was trained on these classes"
-        )
-    return build_model(run_config, None)
+    prepared = prepare(run_config, 1)
+    source = hub.classes_of(config.model.name)
+    hub.class_order(
+        prepared.task.label_names or (),
+        hub.known_names(source),
+        int(source.get("num_classes") or 0),
+        by_position=getattr(run_config.task, "classes", "") == "position",
+        whose=config.model.name,
+        option="task.classes=position",
+    )
+    return prepared.model
 
 
 class SelectorObjective:

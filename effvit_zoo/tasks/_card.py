@@ -7,6 +7,7 @@ from typing import Any
 
 from ..hub import CardFacts
 from ..hub.card import escaped
+from ..run_folder import ARCHITECTURE_KEY
 from ._scores import TOP5_FROM
 
 SHOWN_CLASSES = 50
@@ -40,8 +41,8 @@ def _usage(config: Mapping[str, Any], place: str, labelled: bool) -> str:
     mode = "L" if channels == 1 else "RGB"
     names = 'model.pretrained_cfg["label_names"]' if labelled else f"range({config.get('num_classes', 0)})"
     shown = min(5, int(config.get("num_classes") or 5))
-    return f'''import effvit_zoo  # registers effzoo_*; timm has no plugin discovery, so this line comes first
-import numpy as np
+    register = "import effvit_zoo  # registers effzoo_*; timm has no plugin discovery, so this line comes first\n"
+    return f'''{"" if ARCHITECTURE_KEY in config else register}import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps

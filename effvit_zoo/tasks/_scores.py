@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 TOP5_FROM = 7
 """Number of classes from which on top-5 is shown; of fewer it says next to nothing."""
 
@@ -54,3 +56,11 @@ def wilson_interval(share: float, number: int, z: float = 1.96) -> tuple[float, 
     centre, square = share + z**2 / (2 * number), z**2 / number
     half = z * math.sqrt(share * (1 - share) / number + square / (4 * number))
     return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+def dense_counts(cells: Sequence[Sequence[int]], num_classes: int) -> np.ndarray:
+    """(C, C) image counts, rows are true classes, from [true, predicted, count] entries."""
+    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+    for true, predicted, count in cells:
+        counts[true, predicted] = count
+    return counts

@@ -36,7 +36,7 @@ from ..viz.matrix import confusion_matrix
 from ..viz.predictions import annotate
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
-from ._scores import TOP5_FROM, macro_f1, per_class, wilson_interval
+from ._scores import TOP5_FROM, dense_counts, macro_f1, per_class, wilson_interval
 from .contract import Evaluation, Metric, Picture, Section, Table, Task, mean_over_images
 
 WORST = 24  # mistakes that are kept for the report
@@ -79,6 +79,8 @@ class ClassificationConfig:
     """Cross entropy, or binary cross entropy per class (arXiv:2110.00476)."""
     class_weights: bool = False
     """Weight each image's loss by the inverse frequency of its class in the training images."""
+    classes: Literal["name", "position"] = "name"
+    """How the classes of weights to start from correspond to the data's: the classifier keeps the rows of classes that both have."""
 
 
 class Classification(Task):
@@ -91,6 +93,7 @@ class Classification(Task):
         labels: Class names in the order of the logits, saved with the model; None where the model has none.
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
+        known: Lists of names by which data may mean the classes, see `hub.known_names`; the first are labels where there are no others.
     """
 
     Config = ClassificationConfig
@@ -111,13 +114,15 @@ class Classification(Task):
         labels: Sequence[str] | None = None,
         class_weights: Tensor | None = None,
         shown: Sequence[str] | None = None,
+        known: Sequence[Sequence[str]] = (),
     ) -> None:
         self.num_classes = num_classes
         if num_classes < TOP5_FROM:
             self.metrics = {name: metric for name, metric in self.metrics.items() if name != "top5"}
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
-        self.labels = None if labels is None else tuple(labels)
+        self.labels = tuple(labels or next(iter(known), ())) or None
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
+        self.known = (self.labels, *known)
         self.class_weights = class_weights
         self.criterion = {"ce": _cross_entropy, "bce": _binary_cross_entropy}[self.config.loss]
         self.mixup = None
@@ -164,11 +169,12 @@ class Classification(Task):
     def for_model(cls, model: nn.Module) -> Classification:
         if not (num_classes := int(getattr(model, "num_classes", 0) or 0)):
             raise UserError("the model has no classifier to predict with (num_classes is 0)")
-        return cls(num_classes, labels=hub.label_names(model), shown=hub.class_names(model))
+        return cls(num_classes, shown=hub.class_names(model), known=hub.known_names(model))
 
-    def align(self, source: Any) -> AnySource:
-        order = hub.class_order(source.class_names, self.labels, self.num_classes)
-        return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32))
+    def align(self, source: Any, by_position: bool = False) -> tuple[AnySource, str]:
+        options: dict[str, Any] = {"by_position": by_position, "as_many": False, "option": "--classes position"}
+        order, note = hub.class_order(source.class_names, self.known, self.num_classes, **options)
+        return source.with_classes(self.labels or source.class_names, np.asarray(order, dtype=np.int32)), note
 
     def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
         return image_transforms(self.augment, data_config)
@@ -201,7 +207,9 @@ class Classification(Task):
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
         if (given := kwargs.get("num_classes", self.num_classes)) != self.num_classes:
             raise UserError(f"model.kwargs.num_classes is {given}, the data has {self.num_classes} classes")
-        return hub.load(name, pretrained=pretrained, **{**kwargs, "num_classes": self.num_classes})
+        options = {"pretrained": pretrained, "by_position": self.config.classes == "position", **kwargs}
+        model, self.start_note = hub.load_for_classes(name, self.num_classes, self.labels, **options)
+        return model
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -409,14 +417,6 @@ def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
     counts = np.bincount(targets, minlength=num_classes)
     weights = np.where(counts, len(targets) / (num_classes * np.maximum(counts, 1)), 1.0)
     return torch.tensor(weights, dtype=torch.float32)
-
-
-def dense_counts(cells: Sequence[Sequence[int]], num_classes: int) -> np.ndarray:
-    """(C, C) image counts, rows are true classes, from [true, predicted, count] entries."""
-    counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for true, predicted, count in cells:
-        counts[true, predicted] = count
-    return counts
 
 
 def class_table(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Table:

@@ -197,6 +197,9 @@ class Task(ABC):
     metrics: Mapping[str, Metric]
     logits_axis: ClassVar[int | None] = None
 
+    start_note: str = ""
+    """What became of the outputs of the weights that training starts from, for the user; "" where there is nothing to say."""
+
     # data
 
     @classmethod
@@ -219,9 +222,17 @@ class Task(ABC):
     def for_model(cls, model: nn.Module) -> Task:
         """The task of a model that exists. Raises `UserError` where the model can't do it."""
 
-    def align(self, source: AnySource) -> AnySource:
-        """A source whose targets mean what the model's outputs mean, e.g. class indices in the model's order. Raises `UserError`."""
-        return source
+    def align(self, source: AnySource, by_position: bool = False) -> tuple[AnySource, str]:
+        """A source whose targets mean what the model's outputs mean, e.g. class indices in the model's order; and a note, "" for none.
+
+        Args:
+            source: Samples, with the data's own targets.
+            by_position: Targets and outputs correspond by their place, not by name.
+
+        Raises:
+            UserError: They don't correspond.
+        """
+        return source, ""
 
     @abstractmethod
     def transforms(self, data_config: Mapping[str, Any]) -> Transforms:
@@ -243,7 +254,7 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-        """The model to train, with outputs for this task's targets. Raises `UserError`."""
+        """The model to train, with outputs for this task's targets; may set `start_note`. Raises `UserError`."""
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

@@ -38,6 +38,8 @@ class DistillConfig:
     """Teacher, a model as in model.name, with its weights; None for no distillation."""
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further constructor arguments of the teacher."""
+    classes: Literal["name", "position"] = "name"
+    """How the teacher's classes correspond to the data's."""
     kind: Literal["hard", "soft", "token"] = "hard"
     """Target from the teacher: its first choice (hard), its probabilities (soft), or its first choice for the student's own
     distillation classifier (token: SwiftFormer, distilled DeiT)."""
@@ -55,13 +57,22 @@ class Teacher:
         student_config: timm's preprocessing settings that the batches were made with (input_size, mean, std).
         class_names: The student's classes, by index.
         precision: "no", "bf16" or "fp16", the type that the teacher computes in.
+        by_position: Class number n of the student is number n of the teacher, whatever the names.
+
+    Attributes:
+        note: How classes are compared, where the user should know it; else "".
 
     Raises:
         UserError: The teacher doesn't know the classes.
     """
 
     def __init__(
-        self, model: nn.Module, student_config: Mapping[str, Any], class_names: Sequence[str], precision: str = "no"
+        self,
+        model: nn.Module,
+        student_config: Mapping[str, Any],
+        class_names: Sequence[str],
+        precision: str = "no",
+        by_position: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -73,15 +84,15 @@ class Teacher:
         if self.channels not in (1, 3):
             raise UserError(f"the teacher takes {self.channels} channels, expected 3 (RGB) or 1 (grey)")
         num_classes = int(getattr(model, "num_classes", 0))
-        if num_classes < len(class_names):
-            raise UserError(f"the teacher knows {num_classes} classes, the data has {len(class_names)}")
-        labels = hub.label_names(model)
-        if labels is None and num_classes != len(class_names):
-            raise UserError(
-                f"the teacher knows {num_classes} classes without their names, the data has {len(class_names)}: expected as many"
-            )
-        order = hub.class_order(tuple(class_names), labels, num_classes)
-        self.order = None if order == list(range(num_classes)) else torch.tensor(order)
+        order, self.note = hub.class_order(
+            class_names,
+            hub.known_names(model),
+            num_classes,
+            by_position=by_position,
+            whose="the teacher",
+            option="distill.classes=position",
+        )
+        self.order = None if order == tuple(range(num_classes)) else torch.tensor(order)
         # x * std + mean undoes the student's normalisation, and the teacher's is put in its place
         mean, std = _column(student_config["mean"]), _column(student_config["std"])
         own_mean, own_std = _column(config["mean"]), _column(config["std"])
@@ -122,6 +133,7 @@ class Distillation:
         if task.logits_axis is None:
             raise UserError("distill.teacher: the outputs of this task are not logits of classes, expected null")
         self.task, self.teacher, self.config, self.axis = task, teacher, config, task.logits_axis
+        self.compared = teacher.note  # how the teacher's outputs correspond, for the user
         self.loss_title = "labels and teacher"
 
     def trainable(self, model: nn.Module) -> nn.Module:
@@ -166,7 +178,7 @@ def load_teacher(
     if config.teacher is None:
         raise ValueError("expected distill.teacher to name a model, got None")
     model = hub.load(config.teacher, pretrained=True, **config.teacher_kwargs)
-    return Teacher(model, student_config, labels, precision)
+    return Teacher(model, student_config, labels, precision, config.classes == "position")
 
 
 def _column(values: Sequence[float]) -> Tensor:

@@ -50,7 +50,9 @@ class ModelConfig:
     """Model to train and the weights to start from."""
 
     name: str
-    """Name in timm's registry (`effzoo_*` or any other), `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
+    """Name in timm's registry (`effzoo_*` or any other), `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a checkpoint file."""
+    architecture: str | None = None
+    """Name in timm's registry that the weights of a checkpoint file belong to; null for what the file says."""
     pretrained: bool = False
     """Start from the weights that belong to the name; folders and Hub names always bring theirs."""
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -95,6 +95,8 @@ def build_model(config: RunConfig, task: Task | None) -> nn.Module:
     for given in kwargs.keys() & RESERVED:
         raise UserError(f"model.kwargs.{given} is not a setting of the network, expected none")
     pretrained = config.model.pretrained or hub.brings_weights(name)
+    if config.model.architecture is not None:
+        kwargs = kwargs | {"architecture": config.model.architecture}
 
     def build(**sized: Any) -> Any:
         if task is None:

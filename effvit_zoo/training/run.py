@@ -110,7 +110,7 @@ def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
 def _report(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> RunReport:
     """The run's report; prints its notes."""
     config, processes = loop.config, loop.accelerator.num_processes
-    notes = _print_notes(run, asked, config) if loop.accelerator.is_main_process else []
+    notes = _print_notes(run, asked, config, loop.objective) if loop.accelerator.is_main_process else []
     loss = getattr(loop.objective, "loss_title", "")
     return RunReport(run.task, run.feed, config, loop.folder, run.model, processes, notes=notes, again=again, loss=loss)
 
@@ -258,9 +258,10 @@ def config_notes(asked: RunConfig, config: RunConfig) -> list[str]:
     return notes
 
 
-def _print_notes(run: Prepared, asked: RunConfig, config: RunConfig) -> list[str]:
+def _print_notes(run: Prepared, asked: RunConfig, config: RunConfig, objective: Objective) -> list[str]:
     """Prints what the user should know before the first step, and returns it."""
-    notes = config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    notes = [note for note in (run.task.start_note, getattr(objective, "compared", "")) if note]
+    notes += config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
     for note in notes:
         print(note)
     return notes
@@ -309,6 +310,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
     return {
         "model": config.model.name,
         "params": cost.count_params(model),
+        "outputs": (run and run.task.start_note) or None,
         "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
         "notes": config_notes(asked, config) + (data_notes(run.feed.splits, run.task, config.data) if run else []),
