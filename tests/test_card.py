@@ -263,6 +263,7 @@ def test_the_usage_block_prepares_images_as_predict_does(the_hub, tmp_path, chan
     """Transparent, turned by EXIF, of 16 and of 32 bits: what `convert("RGB")` alone gets wrong."""
     torch.manual_seed(0)
     model = timm.create_model("effzoo_vit_pico", num_classes=7, in_chans=channels)
+    torch.nn.init.normal_(model.head.weight)  # it starts at zero, and every image would be all classes alike
     folder = hub.save(model, tmp_path / "model", label_names=list("abcdefg"))
     push(folder, NAME)
     script = script_in(the_hub.repos[NAME].files()["README.md"].decode())
@@ -277,6 +278,7 @@ def test_the_usage_block_prepares_images_as_predict_does(the_hub, tmp_path, chan
         "turned and transparent": (Image.fromarray(colours), {"format": "PNG", "exif": turned}),
         "palette": (Image.fromarray(colours[..., :3]).quantize(16), {"format": "PNG", "transparency": 3}),
         "16 bits": (Image.fromarray(greys.astype(np.uint16)), {"format": "PNG"}),
+        "32 bits, dark": (Image.fromarray((greys // 500).astype(np.int32)), {"format": "TIFF"}),
         "32 bits": (Image.fromarray(greys.astype(np.int32) * 9), {"format": "TIFF"}),
         "floats": (Image.fromarray((greys / 60_000).astype(np.float32)), {"format": "TIFF"}),
         "CMYK": (Image.fromarray(colours[..., :3]).convert("CMYK"), {"format": "JPEG"}),

@@ -35,6 +35,8 @@ def encoded(image, form, **options):
         (Image.fromarray(np.full((3, 4), 40000, np.uint16)), "PNG", (156, 156, 156)),
         (Image.fromarray(np.full((3, 4), 40000, np.uint16)), "TIFF", (156, 156, 156)),
         (Image.fromarray(np.full((3, 4), 40000, np.int32)), "TIFF", (156, 156, 156)),
+        (Image.fromarray(np.full((3, 4), 90, np.int32)), "TIFF", (90, 90, 90)),
+        (Image.fromarray(np.full((3, 4), 200, np.uint16)), "PNG", (1, 1, 1)),
         (Image.fromarray(np.array([[0, 2**29], [2**30, 0]], np.int32)), "TIFF", (0, 128, 255, 0)),
         (Image.fromarray(np.full((3, 4), 0.5, np.float32)), "TIFF", (128, 128, 128)),
         (Image.fromarray(np.full((3, 4), 40000, np.float32)), "TIFF", (156, 156, 156)),

@@ -29,8 +29,9 @@ from .inventory import take_inventory
 MODES = {1: "L", 3: "RGB"}  # Pillow's mode for a network's number of input channels
 
 PROGRAMS = ("EPS", "WMF")  # formats that Pillow leaves to other programs
-WHITE = {"I": (65535,), "F": (1, 255, 65535)}
-"""Pillow's mode -> values that can mean white; an image's is the smallest that none of its pixels exceeds, else its largest pixel."""
+WHITE = {"I": (255, 65535), "F": (1, 255, 65535)}
+"""Pillow's mode -> values that can mean white; an image's is the smallest that none of its pixels exceeds, else its largest pixel. The
+modes of 16 bits have 65535."""
 
 # Pillow refuses a PNG for 1 MiB of text or colour profile, which programs that make or retouch pictures do write.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 64 * 2**20)
@@ -218,7 +219,7 @@ def _scaled_grey(image: Image.Image, is_unsigned: bool) -> Image.Image:
     lowest, top = pixels.min(initial=0, where=is_number), pixels.max(initial=0, where=is_number)
     if lowest < 0:
         raise ValueError(f"its greys go from {lowest:.4g} to {top:.4g}: expected none below 0, which is black")
-    white = next((value for value in WHITE[image.mode[0]] if top <= value), top)
+    white = next((value for value in WHITE.get(image.mode, (65535,)) if top <= value), top)
     grey = np.nan_to_num(pixels, posinf=white, neginf=0) * (255 / white)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -54,8 +54,9 @@ names = {names}
 image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright
 if image.mode[0] in "IF":  # greys of 16 or 32 bits: Pillow would clip them
     grey = np.asarray(image, dtype=float)
-    whites = (1, 255, 65535, grey.max()) if image.mode == "F" else (65535, grey.max())
-    image = Image.fromarray((grey * 255 / min(w for w in whites if w >= grey.max())).round().astype(np.uint8))
+    whites = {{"F": (1, 255, 65535), "I": (255, 65535)}}.get(image.mode, (65535,))
+    white = next((w for w in whites if w >= grey.max()), grey.max())
+    image = Image.fromarray((grey * 255 / white).round().astype(np.uint8))
 image = image.convert("RGBA")
 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("{mode}")  # transparency is white
 with torch.inference_mode():
