@@ -209,3 +209,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_data_is_read(photos,
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert train_small(tmp_path / "run", *settings(photos)) == 2
     assert "is read-only, name another --output" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch, about the network
+def test_layers_that_share_weights_train_resume_and_load(photos, tmp_path):
+    given = settings(photos, "model.name=coat_tiny", "train.batch_size=4", "data.img_size=64", "train.epochs=2")
+    assert train_small(tmp_path / "run", *given) == 0
+    assert hub.load(tmp_path / "run/best").num_classes == 2
+    assert train_small(tmp_path / "run", *given, more=["--resume", "auto"]) == 0
