@@ -166,6 +166,6 @@ def test_a_defect_of_ours_is_not_dressed_as_a_user_error(tmp_path, monkeypatch):
     def broken(*args):
         raise TypeError("a defect")
 
-    monkeypatch.setattr(folder, "_scan", broken)
+    monkeypatch.setattr(folder, "label_by_folder", broken)
     with pytest.raises(TypeError, match="a defect"):
         open_splits(tmp_path / "photos")

@@ -35,6 +35,7 @@ from effvit_zoo.config import sections, settings
 from effvit_zoo.export import TARGETS
 from effvit_zoo.pipelines import PIPELINES
 from effvit_zoo.tasks import TASKS
+from effvit_zoo.training._data_checks import ALLOW_IMAGES
 from effvit_zoo.training.config import RunConfig, load_config
 
 DOCS = ROOT / "docs"
@@ -255,10 +256,10 @@ def test_blocks_are_of_a_known_kind(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_exist(page, tmp_path):
     """Settings in running text, in commands and in YAML are settings of a run."""
-    known = {row.key for row in settings(RunConfig)}
+    known = {row.key for row in settings(RunConfig)} | {ALLOW_IMAGES}
     text = PAGES[page].read_text(encoding="utf-8")
     heads = "|".join(sections(RunConfig))
-    for key in re.findall(rf"[`\s']((?:{heads})\.(?!py\b|safetensors\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
+    for key in re.findall(rf"[`\s']((?:{heads})\.(?!py\b|json\b|safetensors\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
         if block.language == "yaml" and not block.title:
