@@ -248,6 +248,7 @@ def test_fused_model_still_has_gradients(name):
     assert relative_error(grads[1], grads[0]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["xx_small", "xx_small_bn_hs"])
 @torch.no_grad()
 def test_any_size_gives_the_same_answer_in_every_form(name):

@@ -71,6 +71,7 @@ def test_small_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_small", num_classes=5).eval(), 224, 224, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.export], ids=lambda row: row.name)
 def test_every_exporter_writes_what_its_runtime_computes(target, tmp_path):
     assert target.installed
@@ -99,6 +100,7 @@ def test_every_exporter_writes_what_its_runtime_computes(target, tmp_path):
         deployed.set_input_size(64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_damaged_and_unfit_files_are_one_line(name, tmp_path):
     target = TARGETS[name]

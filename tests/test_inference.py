@@ -61,6 +61,7 @@ def test_other_runtimes_are_exact_and_leave_other_sizes_to_torch(model, sample):
     check(model, sample, ["onnxruntime", "openvino"])
 
 
+@pytest.mark.slow
 def test_a_runtime_that_cannot_serve_is_rejected_in_one_line(model, sample, monkeypatch):
     half = optimize_for_inference(model, sample, torch.bfloat16, forms=["eager", "openvino"], repeats=2)
     assert half.rejected == {"openvino": "float32 only, got torch.bfloat16"}
@@ -133,6 +134,7 @@ def test_compiled_forms_can_be_left_out_or_asked_for_alone(model, sample, monkey
         assert tried == list(expected)
 
 
+@pytest.mark.slow
 def test_half_precision_inside_and_a_report_of_what_was_tried(model, sample):
     optimized = optimize_for_inference(model, sample, torch.bfloat16, compile=False, repeats=2)
     assert optimized(sample).dtype is torch.float32
@@ -155,7 +157,9 @@ def test_bad_arguments(model, sample):
         optimize_for_inference(model, sample.bfloat16())
 
 
-@pytest.mark.parametrize("form", ["eager", "channels_last", "packed", "onnxruntime"])
+@pytest.mark.parametrize(
+    "form", ["eager", "channels_last", "packed", pytest.param("onnxruntime", marks=pytest.mark.slow)]
+)
 def test_the_result_predicts_as_the_original(form, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "model"

@@ -213,6 +213,7 @@ def test_another_size_trains():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @torch.no_grad()
 def test_export_of_another_size_with_any_batch(fused):
@@ -223,6 +224,7 @@ def test_export_of_another_size_with_any_batch(fused):
     assert relative_error(program.module()(x), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @torch.no_grad()
 def test_export_of_any_size(fused):

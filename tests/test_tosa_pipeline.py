@@ -116,6 +116,7 @@ def test_one_report_for_all_stages(whole):
     assert json.loads((whole / "summary.json").read_text())["top1"] == float(last["top1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1-dense", "2-selectors", "3-finetune"])
 def test_a_cut_in_any_stage_changes_nothing(config, whole, tmp_path, monkeypatch, stage):
     class Cut(BaseException):
@@ -153,6 +154,7 @@ def test_two_processes_run_all_stages(config, tmp_path):
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["ratios"]
 
 
+@pytest.mark.slow
 def test_stages_can_be_run_one_by_one(config, whole, tmp_path, capsys):
     assert run(config, tmp_path / "one", "--stage", "finetune") == 2
     assert "run the stages before it" in capsys.readouterr().err
@@ -162,6 +164,7 @@ def test_stages_can_be_run_one_by_one(config, whole, tmp_path, capsys):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_trained_vit_needs_no_dense_stage(config, whole, tmp_path, capsys):
     assert (
         run(config, tmp_path / "given", "--set", "dense=null", f"model.name={whole / 'dense'}", "model.kwargs={}") == 0
