@@ -33,6 +33,7 @@ from effvit_zoo.commands import COMMANDS, Command
 from effvit_zoo.commands import _index as index
 from effvit_zoo.config import sections, settings
 from effvit_zoo.export import TARGETS
+from effvit_zoo.hub import folder
 from effvit_zoo.pipelines import PIPELINES
 from effvit_zoo.tasks import TASKS
 from effvit_zoo.training._data_checks import ALLOW_IMAGES
@@ -143,6 +144,7 @@ def page_folder(tmp_path, monkeypatch, request):
             original(model, pretrained_cfg, *args, **kwargs)
 
     monkeypatch.setattr(timm.models._builder, "load_pretrained", load_pretrained)
+    monkeypatch.setattr(folder, "_fetch_published", lambda name, kwargs: None)
 
     def make(page):
         for name in ("train.py", "validate.py", "configs"):
