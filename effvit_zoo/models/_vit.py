@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from ..attention import TokenMixer
-from ._base import imagenet_cfg, started
+from ._base import NANO64, imagenet_cfg, started
 from ._fold import fold_output_affine
 from ._swap import SHARED, mixers_by_block, place_tokens
 
@@ -204,10 +204,25 @@ SIZES: Dict[str, Dict[str, Any]] = {
         "mlp_ratio": 2.0,
         "weight_init": "jax",
     },
+    "nano64": {
+        "patch_size": 8,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "weight_init": "jax",
+    },
     "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
 }
+
+
+_OWN_CFGS: Dict[str, Dict[str, Any]] = {
+    "pico": {"first_conv": "patch_embed.proj.0", "input_size": (3, 32, 32), "crop_pct": 1.0},
+    "nano64": NANO64,
+}
+"""Size in no paper -> what its config has of its own."""
 
 
 def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str, Dict[str, Any]]:
@@ -220,12 +235,13 @@ def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str
         paper: origin_url, paper_name, paper_ids.
     """
     overrides: Dict[str, Any] = {"first_conv": "patch_embed.proj", **paper}
-    if size == "pico":
-        overrides |= {"first_conv": "patch_embed.proj.0", "input_size": (3, 32, 32), "crop_pct": 1.0}
+    if size in _OWN_CFGS:
+        overrides |= _OWN_CFGS[size]
     elif deit_weights:
         name += ".fb_in1k"
         overrides["hf_hub_id"] = f"timm/deit_{size}_patch16_224.fb_in1k"
-    cfg = imagenet_cfg(pool_size=None, fixed_input_size=True, classifier="head", license="apache-2.0", **overrides)
+    overrides |= {"pool_size": None, "fixed_input_size": True}
+    cfg = imagenet_cfg(classifier="head", license="apache-2.0", **overrides)
     return {name: cfg}
 
 
