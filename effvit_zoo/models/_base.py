@@ -379,7 +379,7 @@ def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: s
 NANO64: Dict[str, Any] = {"input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0, "num_classes": 10}
 """What the configs of the size `nano64` have in common.
 
-`nano64` is this package's own size, in no paper: one model of every kind with about 0.8 M parameters and 52 M multiply-accumulates for
+`nano64` is this package's own size, in no paper: one model of every kind with about 0.8 M parameters and 54 M multiply-accumulates for
 an image of 64 pixels (within 15 %), so that kinds can be compared, exported and quantised with weights that a CPU trains in half an hour.
 The isotropic ones see 64 patches of 8 pixels. The hierarchical ones have fewer blocks than the smallest of their papers, and channels that
 grow less from stage to stage, because the later maps of so small an image have few pixels: at equal cost, narrow early stages behind a

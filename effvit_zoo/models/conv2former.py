@@ -281,7 +281,7 @@ def _create(
 
 @register_model
 def effzoo_conv2former_nano64(pretrained: bool = False, **kwargs: Any) -> Conv2Former:
-    """Not in the paper, where N is 15M parameters; see `NANO64`: kernel 7, and a head of 256 channels."""
+    """Not in the paper, whose N is larger (`NANO64`), kernel 7: 0.83M parameters, 0.051 GMACs at 64 with 10 classes."""
     kwargs = {"head_dim": 256, **kwargs}
     return _create("effzoo_conv2former_nano64", pretrained, (2, 3, 2, 1), (56, 80, 96, 112), 7, kwargs)
 

@@ -521,7 +521,7 @@ def _create(variant: str, pretrained: bool, sizes: Dict[str, Any], kwargs: Dict[
 
 @register_model
 def effzoo_edgenext_nano64(pretrained: bool = False, **kwargs: Any) -> EdgeNeXt:
-    """Not in the paper, see `NANO64`."""
+    """Not in the paper (`NANO64`): 0.79M parameters, 0.048 GMACs at 64 with 10 classes."""
     return _create("effzoo_edgenext_nano64", pretrained, _NANO64, kwargs)
 
 

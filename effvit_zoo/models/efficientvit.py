@@ -504,7 +504,7 @@ def _create(size: str, pretrained: bool, kwargs: Dict[str, Any]) -> EfficientViT
 
 @register_model
 def effzoo_efficientvit_nano64(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """Not in the paper, see `NANO64`: series b with a narrow head."""
+    """Not in the paper (`NANO64`), series b with a narrow head: 0.78M parameters, 0.049 GMACs at 64 with 10 classes."""
     return _create("nano64", pretrained, kwargs)
 
 

@@ -353,7 +353,7 @@ def effzoo_swiftformer_pico(pretrained: bool = False, **kwargs: Any) -> SwiftFor
 
 @register_model
 def effzoo_swiftformer_nano64(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
-    """Not in the paper, see `NANO64`."""
+    """Not in the paper (`NANO64`): 0.83M parameters, 0.048 GMACs at 64 with 10 classes."""
     return _create("effzoo_swiftformer_nano64", pretrained, kwargs, depths=(3, 4, 1, 1), embed_dims=(56, 72, 96, 112))
 
 
