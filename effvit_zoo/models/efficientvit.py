@@ -477,11 +477,13 @@ RESOLUTIONS = {
 
 default_cfgs = generate_default_cfgs(
     {
-        f"effzoo_efficientvit_{variant}.r{size}_in1k": _weights_cfg(variant, size)
-        for variant, sizes in RESOLUTIONS.items()
-        for size in sizes
+        **{
+            f"effzoo_efficientvit_{variant}.r{size}_in1k": _weights_cfg(variant, size)
+            for variant, sizes in RESOLUTIONS.items()
+            for size in sizes
+        },
+        "effzoo_efficientvit_nano64": _cfg(**NANO64),
     }
-    | {"effzoo_efficientvit_nano64": _cfg(**NANO64)}
 )
 
 # name: (series, widths, depths, head_dim, head_widths)

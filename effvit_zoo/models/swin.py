@@ -494,7 +494,7 @@ def _create(
 @register_model
 def effzoo_swin_nano64(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
     """Not in the paper (`NANO64`), patches of 2 and windows of 4 pixels: 0.84M parameters, 0.056 GMACs at 64 with 10 classes."""
-    sizes = {"img_size": 64, "patch_size": 2, "window_size": 4, "drop_path_rate": 0.0}
+    sizes: Dict[str, Any] = {"img_size": 64, "patch_size": 2, "window_size": 4, "drop_path_rate": 0.0}
     sizes |= {"embed_dim": 24, "depths": (2, 2, 2, 1), "num_heads": (1, 2, 4, 8)}
     return build(SwinTransformer, "effzoo_swin_nano64", pretrained, checkpoint_filter_fn, sizes, **kwargs)
 
