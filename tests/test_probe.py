@@ -14,8 +14,7 @@ from test_training import start
 
 import effvit_zoo
 from effvit_zoo import hub
-from effvit_zoo.errors import UserError
-from effvit_zoo.tasks import _linear_probe
+from effvit_zoo.tasks import HeadError, _linear_probe
 from effvit_zoo.tasks._linear_probe import LinearProbe
 from effvit_zoo.tasks.classification import Classification
 from effvit_zoo.training import engine
@@ -193,7 +192,7 @@ def test_where_there_can_be_no_probe(photos, before, tmp_path, monkeypatch, caps
     settings = [f"data.root={photos}", f"model.name={before}", "data.img_size=32"]
 
     def refuse(self, batch):
-        raise UserError("its features hold values that are infinite or not a number")
+        raise HeadError("its features hold values that are infinite or not a number")
 
     with monkeypatch.context() as patch:
         patch.setattr(LinearProbe, "features", refuse)

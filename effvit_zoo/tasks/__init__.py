@@ -14,6 +14,7 @@ from .classification import Classification as Classification
 from .contract import Difference as Difference
 from .contract import Evaluation as Evaluation
 from .contract import Evaluator as Evaluator
+from .contract import HeadError as HeadError
 from .contract import HeadSolver as HeadSolver
 from .contract import Metric as Metric
 from .contract import Objective as Objective

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..errors import UserError
+from .contract import HeadError
 
 STRENGTHS = (100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Weights of the penalty that are tried, strongest first."""
@@ -50,7 +50,7 @@ class LinearProbe:
         most_images: Images that it can take.
 
     Raises:
-        UserError: The model has no such classifier.
+        HeadError: The model has no such classifier.
     """
 
     def __init__(self, model: nn.Module, num_classes: int, mirrored: bool, class_weights: Tensor | None = None) -> None:
@@ -64,7 +64,7 @@ class LinearProbe:
         """Rows of a batch, on the CPU: `target` (B,) and `features` (B, V, D) float32. The model has to be in eval mode.
 
         Raises:
-            UserError: The model's output isn't the mean of its classifiers', or the features are not numbers.
+            HeadError: The model's output isn't the mean of its classifiers', or the features are not numbers.
         """
         if not self.is_checked:
             self._require_linear(batch.image[:2])
@@ -72,11 +72,11 @@ class LinearProbe:
         inputs, _ = self._run(torch.cat(views))
         features = torch.cat(inputs, dim=1).unflatten(0, (len(views), -1)).transpose(0, 1)  # (B, V, D)
         if not features.isfinite().all():
-            raise UserError("its features hold values that are infinite or not a number")
+            raise HeadError("its features hold values that are infinite or not a number")
         return {"target": batch.target.cpu(), "features": features.float().cpu()}
 
     def solve(self, rows: Mapping[str, Tensor]) -> str:
-        """Sets the classifier from the rows of all images, in their order; says how it was found. Raises `UserError`."""
+        """Sets the classifier from the rows of all images, in their order; says how it was found. Raises `HeadError`."""
         solution = solve(rows["features"], rows["target"], self.num_classes, self.class_weights)
         parts = solution.weight.split([layer.weight.shape[1] for layer in self.layers], dim=1)
         with torch.no_grad():
@@ -99,7 +99,7 @@ class LinearProbe:
             output = self.model(images)
         inputs = [each.flatten(1) for layer in self.layers for each in caught[layer]]
         if [tuple(each.shape) for each in inputs] != [(len(images), layer.weight.shape[1]) for layer in self.layers]:
-            raise UserError("its classifier is not called once on one vector of features for each image")
+            raise HeadError("its classifier is not called once on one vector of features for each image")
         return inputs, output
 
     def _require_linear(self, images: Tensor) -> None:
@@ -120,20 +120,20 @@ class LinearProbe:
         expected = torch.stack(outputs).mean(0)
         exact = 1e-3 if output.dtype == torch.float32 and inputs[0].dtype == torch.float32 else 5e-2
         if output.shape != expected.shape or (output - expected).abs().max() > exact * expected.abs().max():
-            raise UserError("its output is not that of its classifier on a vector of features")
+            raise HeadError("its output is not that of its classifier on a vector of features")
         self.is_checked = True
 
 
 def _classifier_layers(model: Any) -> list[Any]:
-    """The layers that the outputs come from. Raises `UserError` where they are no linear functions of a vector."""
+    """The layers that the outputs come from. Raises `HeadError` where they are no linear functions of a vector."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     layers = list(classifier) if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
     for layer in layers:
         if layer is None or isinstance(layer, nn.Identity):
-            raise UserError(f"{type(model).__name__} has no classifier")
+            raise HeadError(f"{type(model).__name__} has no classifier")
         is_pointwise = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1
         if not (isinstance(layer, nn.Linear) or is_pointwise) or layer.bias is None:
-            raise UserError(
+            raise HeadError(
                 f"the classifier of {type(model).__name__} is a {type(layer).__name__}, "
                 "expected a linear layer or 1 x 1 convolution with bias"
             )
@@ -177,17 +177,17 @@ def solve(features: Tensor, target: Tensor, num_classes: int, class_weights: Ten
         class_weights: (C,) weights of each image by its class; None for 1.
 
     Raises:
-        UserError: There are no images, or the features are the same for all.
+        HeadError: There are no images, or the features are the same for all.
     """
     if not len(target):
-        raise UserError("there is no image to solve its classifier on")
+        raise HeadError("there is no image to solve its classifier on")
     views, width = features.shape[1:]
     present, index = target.unique(return_inverse=True)  # the others' biases would run away
     raw = features.reshape(-1, width).double()  # (N V, D), an image's views together
     mean, scale = raw.mean(0), raw.std(0, correction=0)
     is_constant = scale <= 1e-7 * mean.abs().clamp_min(1e-30)
     if is_constant.all():
-        raise UserError("its features are the same for all images")
+        raise HeadError("its features are the same for all images")
     scale = torch.where(is_constant, torch.inf, scale)  # such a feature says nothing
     design, basis = _rotated((raw - mean) / scale)
     index = index.repeat_interleave(views)

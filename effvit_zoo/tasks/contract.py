@@ -98,6 +98,10 @@ class Evaluator(Protocol):
         """The evaluation, from the sums and items of all processes; `seconds` is filled in by the caller."""
 
 
+class HeadError(UserError):
+    """A head that can't be solved for. The message says why."""
+
+
 class HeadSolver(Protocol):
     """Finds the outputs' layer of a model from frozen features, without training. Rows of all images are given to `solve` at once.
 
@@ -109,10 +113,10 @@ class HeadSolver(Protocol):
     def most_images(self) -> int: ...
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows (B, ...) of a batch, on the CPU, from the model in eval mode. Raises `UserError` where the model isn't as expected."""
+        """Rows (B, ...) of a batch, on the CPU, from the model in eval mode. Raises `HeadError` where the model isn't as expected."""
 
     def solve(self, rows: Mapping[str, Tensor]) -> str:
-        """Sets the layer from the rows of all images, in their order, and says how. Raises `UserError` where there is no solution."""
+        """Sets the layer from the rows of all images, in their order, and says how. Raises `HeadError` where there is no solution."""
 
     def parameters(self) -> list[Tensor]:
         """What `solve` sets."""
@@ -302,9 +306,9 @@ class Task(ABC):
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
         """The model to train, with outputs for this task's targets; may set `start_note` and `new_outputs`. Raises `UserError`."""
 
-    def head_solver(self, model: nn.Module) -> HeadSolver:
-        """What solves for the outputs' layer. Raises `UserError`, which says what stands in the way, where nothing can."""
-        raise UserError("this task has none")
+    def head_solver(self, model: nn.Module) -> HeadSolver | None:
+        """What solves for the outputs' layer; None where the task has no such thing. Raises `HeadError` where the model doesn't suit it."""
+        return None
 
     @property
     def label_names(self) -> tuple[str, ...] | None:

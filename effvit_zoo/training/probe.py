@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -26,9 +27,10 @@ from ..data import Feed, listing, readable
 from ..errors import UserError
 from ..evaluation.loop import OnBad
 from ..run_folder import FEATURES, replacing
-from ..tasks import HeadSolver, Task
+from ..tasks import HeadError, HeadSolver, Task
 from ..version import __version__
 from .config import RunConfig
+from .guards import watched_loader
 
 FOUND_BY = ("model", "data", "augment", "task")
 """Sections of a config that features depend on."""
@@ -56,14 +58,16 @@ def plan_probe(task: Task, model: nn.Module, config: RunConfig, sharded: bool) -
         return Probe()
     try:
         if sharded:
-            raise UserError("FSDP cuts weights into shards")
+            raise HeadError("FSDP cuts weights into shards")
         solver = task.head_solver(model)
-    except UserError as error:
+        if solver is None and asked == "probe":
+            raise HeadError(f"task {config.task.kind} has none")
+    except HeadError as error:
         if asked == "probe":
             raise UserError(f"train.head_init is probe: {error}") from None
         return Probe(note=no_probe(error))
     replaced = "train.head_init is probe: the outputs' layer of the weights gives way to a linear probe"
-    is_replaced = config.starts_trained and not task.new_outputs
+    is_replaced = solver is not None and config.starts_trained and not task.new_outputs
     return Probe(solver, asked == "probe", replaced if is_replaced else "")
 
 
@@ -90,7 +94,7 @@ def run_probe(
         return None
     try:
         return solve_head(probe.solver, model, feed, config, accelerator, folder, on_bad)
-    except UserError as error:
+    except HeadError as error:
         if probe.is_required:
             raise UserError(f"train.head_init is probe: {error}") from None
         accelerator.print(no_probe(error))
@@ -118,28 +122,26 @@ def solve_head(
         on_bad: Called with the (name, reason) pairs of unreadable images.
 
     Raises:
-        UserError: There is no solution; on every process.
+        HeadError: There is no solution; on every process.
+        UserError: An unreadable file where that ends a run, or a dead loader worker.
     """
-    was_training = model.training
     key, path = _key(model, feed, config), folder / FEATURES
     rows = _read(path, key) if accelerator.is_main_process else None
     if not _agreed(accelerator, rows is not None):
-        rows = _compute(solver, model.eval(), feed, config, accelerator, on_bad)
-        model.train(was_training)
+        rows = _compute(solver, model, feed, config, accelerator, on_bad)
         if accelerator.is_main_process:
-            with replacing(path) as writing:
-                save_file(rows, writing, metadata={"key": key})
+            _keep(rows, path, key)
     said = error = ""
     if accelerator.is_main_process and rows is not None:
         images, total = len(rows["index"]), feed.describe()["train_images"]
         try:
             how = solver.solve({name: value for name, value in rows.items() if name != "index"})
             said = f"{how}, on {images:,} images" + (f" of {total:,}" if total and images < total else "")
-        except UserError as failure:
+        except HeadError as failure:
             error = str(failure)
     said, error = _agreed(accelerator, (said, error))
     if error:
-        raise UserError(error)
+        raise HeadError(error)
     for parameter in solver.parameters():
         parameter.copy_(broadcast(parameter))
     return said
@@ -157,6 +159,8 @@ def _compute(
     parts: list[dict[str, Tensor]] = []
     total, most = feed.describe()["train_images"], solver.most_images
     own, error = -(-min(most, total or most) // accelerator.num_processes), ""
+    was_training = model.training
+    model.eval()
     bar = tqdm(
         total=own,
         desc="linear probe",
@@ -169,26 +173,27 @@ def _compute(
     # compiled code would be compiled for this pass alone
     with bar, torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         try:
-            for batch in readable(feed.plain_batches(accelerator.process_index, most), on_bad):
+            loader = watched_loader(feed.plain_batches(accelerator.process_index, most))
+            for batch in readable(loader, on_bad):
                 rows = solver.features(batch.to(accelerator.device, config.train.channels_last))
                 parts.append({"index": batch.index, **rows})
                 bar.update(len(batch))
-        except UserError as failure:  # the other processes have to know
+        except HeadError as failure:  # the other processes have to know
             error = str(failure)
+        finally:
+            model.train(was_training)
     errors = _gathered(accelerator, [error])
     if any(errors):
-        raise UserError(next(filter(None, errors)))
+        raise HeadError(next(filter(None, errors)))
     return _in_order(_gathered(accelerator, parts))
 
 
 def _in_order(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows by ascending index, each once: a stream's shares may be padded."""
+    """Rows by ascending index, whoever computed them."""
     if not parts:
         raise UserError("the training set holds no readable image")
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = rows["index"].argsort(stable=True)
-    index = rows["index"][order]
-    order = order[torch.cat([torch.ones(1, dtype=torch.bool), index[1:] != index[:-1]])]
     return {name: value[order].contiguous() for name, value in rows.items()}
 
 
@@ -212,6 +217,12 @@ def _key(model: nn.Module, feed: Feed, config: RunConfig) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _keep(rows: dict[str, Tensor], path: Path, key: str) -> None:
+    """Writes features for `_read`. A disk that is too full for them may do without: the checkpoint says so where it is full."""
+    with suppress(OSError, SafetensorError), replacing(path) as writing:
+        save_file(rows, writing, metadata={"key": key})
 
 
 def _read(path: Path, key: str) -> dict[str, Tensor] | None:
