@@ -245,7 +245,10 @@ def test_which_batchnorms_are_fixed(before, tmp_path):
     everything = len(fixed_norms(model, load_config(path, ["train.batchnorm=fixed", "train.batch_size=512"])))
     assert everything > 10
     assert len(fixed_norms(model, load_config(path, ["train.batch_size=127"]))) == everything
-    assert not fixed_norms(model, load_config(path, ["train.batch_size=128"]))
+    large = load_config(path, ["train.batch_size=128"])
+    assert not fixed_norms(model, large)
+    assert len(fixed_norms(model, large, probed=True)) == everything
+    assert not fixed_norms(model, load_config(path, ["train.batchnorm=train"]), probed=True)
     fresh = effvit_zoo.create_model("effzoo_swiftformer_pico")
     assert not fixed_norms(fresh, load_config(path, ["train.batchnorm=fixed"]))  # they have no statistics yet
 

@@ -147,7 +147,7 @@ class TrainConfig:
     a probe where training starts from trained weights and their outputs don't fit the data, so that these are new."""
     batchnorm: Literal["fixed", "train"] | None = None
     """BatchNorm in training: with the statistics of the trained weights (`fixed`) or of each batch (`train`). Null for fixed where
-    training starts from trained weights with a `batch_size` below 128."""
+    the run begins with a probe, or starts from trained weights with a `batch_size` below 128."""
     freeze_epochs: CountOrZero = 0
     """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
     patience: CountOrZero = 0

@@ -99,7 +99,7 @@ class Loop:
         if train.freeze_epochs:
             until_step = train.freeze_epochs * feed.steps_per_epoch
             self.freezer = FrozenBackbone(self.model, until_step, wrapped=accelerator.num_processes > 1)
-        self.fixed_norms = fixed_norms(self.model, config)
+        self.fixed_norms = fixed_norms(self.model, config, self.probe.solver is not None)
         self.buffers = BufferSnapshot(self.model)
         self.sigterm = SigtermWatch()
         self.stop_now = False  # SIGTERM reached one of the processes
