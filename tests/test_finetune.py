@@ -319,9 +319,10 @@ def test_an_upload_that_fails_in_between_does_not_end_the_run(photos, tmp_path, 
 
 @pytest.mark.slow
 def test_compiled_training(photos, tmp_path):
+    before = hub.save(effvit_zoo.create_model("effzoo_vit_pico", num_classes=5), tmp_path / "before")
     process = start(
         "--config", ROOT / "configs/finetune.yaml", "--output", tmp_path / "run", "--set", f"data.root={photos}",
-        "model.name=effzoo_vit_pico", "train.compile=true", "train.epochs=2", "optim.warmup_epochs=0", "data.num_workers=0",
+        f"model.name={before}", "train.compile=true", "train.epochs=2", "optim.warmup_epochs=0", "data.num_workers=0",
     )  # fmt: skip
     said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_training import start
 
 import effvit_zoo
-from effvit_zoo import hub
+from effvit_zoo import hub, run_folder
+from effvit_zoo.pipelines import PIPELINES, _report
 from effvit_zoo.tasks import HeadError, _linear_probe
 from effvit_zoo.tasks._linear_probe import LinearProbe
 from effvit_zoo.tasks.classification import Classification
@@ -261,6 +262,14 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(whole, tmp_path):
     train = load_run(tmp_path).train
     assert (train.head_init, train.batchnorm) == ("random", "train")
     assert load_run(whole).train.head_init is None
+
+
+def test_a_stage_that_got_no_further_than_its_probe(tmp_path):
+    """Its page counts no epoch; only the probe has been measured."""
+    run_folder.write_text(tmp_path / "metrics.csv", "epoch,step,lr,train_loss,val_loss,top1\n0,0,,,1.2,50.0\n")
+    stage = PIPELINES["tosa"].stages[0]
+    assert _report._in_words(tmp_path, stage) == "no epoch is finished yet"
+    assert len(_report._plots(tmp_path, stage)) == 3
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def pack_hits(index: np.ndarray, hits: np.ndarray) -> dict[str, str] | None:
         return None
     seen, right = (np.zeros(int(index.max()) + 1, dtype=bool) for _ in range(2))
     seen[index], right[index] = True, hits
-    return {name: b64encode(np.packbits(bits)).decode() for name, bits in (("seen", seen), ("right", right))}
+    return {name: b64encode(np.packbits(bits).tobytes()).decode() for name, bits in (("seen", seen), ("right", right))}
 
 
 def paired_interval(
