@@ -30,8 +30,8 @@ FOLDS, WORSE = 5, 2
 TRIAL_ITERATIONS, ITERATIONS = 50, 500
 TRIAL_CHANGE, CHANGE = 1e-7, 1e-13
 """Changes of the loss below which a fit of the cross-validation and the last one end."""
-MOST_IMAGES, MOST_TRIED, MOST_BYTES = 20_000, 4_000, 2**29
-"""Images to solve on, images to cross-validate on, and size of the features."""
+MOST_IMAGES, MOST_TRIED, MOST_BYTES = 20_000, 4_000, 2**28
+"""Images to solve on, images to cross-validate on, and size of the features, of which solving needs some copies."""
 WORK = 2e12
 """Multiplications and additions, a minute or some of a few cores, that iterations and folds of large problems are reduced to."""
 
@@ -301,7 +301,6 @@ class _Problem:
         solution = torch.zeros(shape, dtype=torch.float64) if start is None else start.clone()
         solution.grad = torch.zeros_like(solution)
         share, rows = self.weight / self.weight.sum(), torch.arange(len(self.target))
-        transposed = self.design.T.contiguous()
 
         def closure() -> Tensor:
             weights = solution[:-1]
@@ -310,7 +309,7 @@ class _Problem:
             residual = logs.exp()  # the gradient by the logits: probabilities minus truth
             residual[rows, self.target] -= 1
             residual *= share[:, None]
-            torch.mm(transposed, residual, out=solution.grad[:-1]).add_(weights, alpha=strength)
+            torch.mm(self.design.T, residual, out=solution.grad[:-1]).add_(weights, alpha=strength)
             torch.sum(residual, 0, out=solution.grad[-1])
             return value
 
