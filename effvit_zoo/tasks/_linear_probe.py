@@ -251,9 +251,10 @@ def _choose_strength(problem: _Problem, fold: Tensor, views: int) -> tuple[float
     for strength in STRENGTHS:
         lost = 0.0
         for place, (train, held) in enumerate(parts):
-            start = starts[place]  # the next stronger one's solution
-            starts[place], _ = train.fit(strength, TRIAL_ITERATIONS, start, TRIAL_CHANGE)
-            lost += float(held.loss(starts[place]) * held.weight.sum())
+            # from the next stronger one's solution
+            solution, _ = train.fit(strength, TRIAL_ITERATIONS, starts[place], TRIAL_CHANGE)
+            lost += float(held.loss(solution) * held.weight.sum())
+            starts[place] = solution
         lost /= sum(float(held.weight.sum()) for _, held in parts)
         best, least, worse = (strength, lost, 0) if lost < least else (best, least, worse + 1)
         if worse == WORSE:
@@ -299,7 +300,7 @@ class _Problem:
         """(R + 1, C) minimum of loss + strength / 2 * |W|^2 from a start, and the number of iterations."""
         shape = (self.design.shape[1] + 1, self.num_classes)
         solution = torch.zeros(shape, dtype=torch.float64) if start is None else start.clone()
-        solution.grad = torch.zeros_like(solution)
+        solution.grad = gradient = torch.zeros_like(solution)
         share, rows = self.weight / self.weight.sum(), torch.arange(len(self.target))
 
         def closure() -> Tensor:
@@ -309,8 +310,8 @@ class _Problem:
             residual = logs.exp()  # the gradient by the logits: probabilities minus truth
             residual[rows, self.target] -= 1
             residual *= share[:, None]
-            torch.mm(self.design.T, residual, out=solution.grad[:-1]).add_(weights, alpha=strength)
-            torch.sum(residual, 0, out=solution.grad[-1])
+            torch.mm(self.design.T, residual, out=gradient[:-1]).add_(weights, alpha=strength)
+            torch.sum(residual, 0, out=gradient[-1])
             return value
 
         optimizer = torch.optim.LBFGS(

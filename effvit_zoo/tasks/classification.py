@@ -262,8 +262,8 @@ class Classification(Task):
     def difference(self, details: Mapping[str, Any], before: Mapping[str, Any]) -> Difference | None:
         if not (details.get("hits") and before.get("hits")):
             return None
-        *shares, images = paired_interval(details["hits"], before["hits"])
-        return Difference(self.metrics["top1"].title, *(100 * share for share in shares), images)
+        share, low, high, images = paired_interval(details["hits"], before["hits"])
+        return Difference(self.metrics["top1"].title, 100 * share, 100 * low, 100 * high, images)
 
     def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Top-1 with its interval, macro-F1, and what always naming the largest class would give."""

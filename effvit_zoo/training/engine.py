@@ -245,8 +245,8 @@ class Loop:
         before = {name: value.clone() for name, value in self.sums.items()}
         self.buffers.take()
         self.module.train()
-        for norm in self.fixed_norms:
-            norm.eval()
+        for module in self.fixed_norms:
+            module.eval()
         if self.freezer is not None:
             self.freezer.before_step(step)
         step_batches: list[Batch] = []
