@@ -33,6 +33,7 @@ from ..hub import CardFacts
 from ..viz.fonts import is_drawable, undrawable
 from ..viz.matrix import confusion_matrix
 from ..viz.predictions import annotate
+from . import _balance
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
 from ._classification_evaluator import ClassificationEvaluator
@@ -42,7 +43,6 @@ from .contract import Difference, Metric, Picture, Section, Table, Task, mean_ov
 
 SPELT = 20  # names in a note
 ISOLATE, POP = "\u2068", "\u2069"  # around a name, whose script may run from right to left
-UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
 MATRIX_UP_TO = 300  # classes up to which the confusion matrix is drawn, of which more couldn't be told apart
 TABLE_UP_TO = 200  # classes in a table: the weakest
@@ -77,8 +77,12 @@ class ClassificationConfig:
     """Label smoothing."""
     loss: Literal["ce", "bce"] = "ce"
     """Cross entropy, or binary cross entropy per class (arXiv:2110.00476)."""
-    class_weights: bool = False
-    """Weight each image's loss by the inverse frequency of its class in the training images."""
+    class_weights: bool | None = None
+    """Weight each image's loss by the inverse frequency of its class in the training images; null where the largest class has over five
+    times the images of the smallest."""
+    best: Literal["top1", "macro_f1"] | None = None
+    """Metric that "best" and `train.patience` refer to; null for macro-F1 where the largest class has over five times the images of the
+    smallest, else top-1."""
     classes: Literal["name", "position"] = "name"
     """How the classes of weights to start from correspond to the data's: the classifier keeps the rows of classes that both have."""
 
@@ -94,6 +98,7 @@ class Classification(Task):
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
         known: Lists of names by which data may mean the classes, see `hub.known_names`; the first are labels where there are no others.
+        best: The metric that "best" refers to.
     """
 
     Config = ClassificationConfig
@@ -115,10 +120,11 @@ class Classification(Task):
         class_weights: Tensor | None = None,
         shown: Sequence[str] | None = None,
         known: Sequence[Sequence[str]] = (),
+        best: str = "top1",
     ) -> None:
         self.num_classes = num_classes
-        if num_classes < TOP5_FROM:
-            self.metrics = {name: metric for name, metric in self.metrics.items() if name != "top5"}
+        shown_metrics = (name for name in self.metrics if name != "top5" or num_classes >= TOP5_FROM)
+        self.metrics = {name: self.metrics[name] for name in sorted(shown_metrics, key=lambda name: name != best)}
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
         self.labels = tuple(labels or next(iter(known), ())) or None
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
@@ -158,12 +164,16 @@ class Classification(Task):
     def for_training(
         cls, config: ClassificationConfig, augment: ClassificationAugment, splits: DataSplits
     ) -> Classification:
-        names, train, weights = splits.class_names, splits.train, None
-        if config.class_weights:
-            if not isinstance(train, ImageSource):
-                raise UserError(f"task.class_weights: {train.title} is a stream, its classes can't be counted")
-            weights = balanced_weights(train.targets, len(names))
-        return cls(len(names), config, augment, labels=names, class_weights=weights)
+        names, train, weights, is_unequal = splits.class_names, splits.train, None, False
+        if isinstance(train, ImageSource):
+            counts = np.bincount(train.targets, minlength=len(names))
+            is_unequal = _balance.ratio(counts) > _balance.VERY_UNEQUAL
+            if config.class_weights or (config.class_weights is None and is_unequal):
+                weights = _balance.balanced_weights(counts)
+        elif config.class_weights:
+            raise UserError(f"task.class_weights: {train.title} is a stream, its classes can't be counted")
+        best = config.best or ("macro_f1" if is_unequal else "top1")
+        return cls(len(names), config, augment, labels=names, class_weights=weights, best=best)
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Classification:
@@ -185,11 +195,8 @@ class Classification(Task):
             return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}", *notes]
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
         notes.insert(0, _class_note(self.shown, counts, splits.val))
-        if counts.max() >= UNEQUAL * counts.min():
-            least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
-            advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
-            notes.append(f"classes are imbalanced: {most} training images, {least} ({advice})")
-        return notes
+        note = _balance.balance_note(counts, self.shown, self.class_weights is not None, next(iter(self.metrics)))
+        return [*notes, note] if note else notes
 
     def picture_notes(self) -> list[str]:
         missing = undrawable(self.shown)
@@ -352,13 +359,6 @@ def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
 
 def _shortened(items: Sequence[str]) -> list[str]:
     return list(items) if len(items) <= MANY_CLASSES else [*items[:FIRST_CLASSES], f"... ({len(items)} classes)"]
-
-
-def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
-    """(num_classes,) inverse class frequencies, scaled so that the mean over images is 1. A class without images gets 1."""
-    counts = np.bincount(targets, minlength=num_classes)
-    weights = np.where(counts, len(targets) / (num_classes * np.maximum(counts, 1)), 1.0)
-    return torch.tensor(weights, dtype=torch.float32)
 
 
 def class_table(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Table:

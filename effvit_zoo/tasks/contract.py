@@ -236,7 +236,8 @@ class Task(ABC):
     Class attributes:
         Config: Dataclass of the YAML's `task` section; its field `kind` is a Literal of the task's name in `TASKS`.
         Augment: Dataclass of the YAML's `augment` section, derived from `Augment`.
-        metrics: Name -> Metric of what the evaluator measures. The first is what "best" and `train.patience` refer to.
+        metrics: Name -> Metric of what the evaluator measures. The first is what "best" and `train.patience` refer to; an instance may
+            have another order.
         logits_axis: Axis of the model's output along which it holds logits of classes (for distillation); None if it holds none.
     """
 

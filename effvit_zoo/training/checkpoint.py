@@ -24,6 +24,7 @@ from timm.utils import ModelEmaV3
 from ..errors import UserError, one_line
 from ..run_folder import CHECKPOINTS, STATE, open_up
 from ..tasks import Evaluation, Metric
+from .pace import Plan
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -38,6 +39,10 @@ class RunState:
     """Largest number of images per optimizer step, over all processes."""
     steps_per_epoch: int = 0
     """Optimizer steps of an epoch; 0 in checkpoints of earlier versions."""
+    plan: Plan = field(default_factory=Plan)
+    """Length of the run."""
+    measured: list[float] = field(default_factory=list)
+    """Times that the plan is made from, see `Pace.measured`; none before the first checkpoint."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the images of the current epoch: their number ("images"), the loss and the task's values."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +61,9 @@ class RunState:
     skipped_steps: int = 0
     """Steps that changed nothing, because their loss was not finite."""
     skipped_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        self.plan = Plan(**self.plan) if isinstance(self.plan, dict) else self.plan  # as a checkpoint has it
 
     @property
     def epoch(self) -> int:

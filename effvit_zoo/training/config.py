@@ -133,7 +133,10 @@ class TrainConfig:
     """Training loop: epochs, batches, precision, checkpoints, trackers."""
 
     epochs: Count = 10
-    """Number of epochs."""
+    """Number of epochs; with `minutes` the largest."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Time of the whole run in minutes, validation and figures included, from which the number of steps follows; what is given in epochs
+    then refers to `epochs` and shrinks with the run. Null for `epochs` epochs."""
     batch_size: Count = 64
     """Number of images per process and forward pass."""
     grad_accum: Count = 1
@@ -152,6 +155,9 @@ class TrainConfig:
     """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
     patience: CountOrZero = 0
     """Number of epochs without a better validation metric after which training stops; 0 for no early stopping."""
+    val_every: Count | None = None
+    """Number of epochs from one validation, with its checkpoint, to the next; null for the fewest in which training takes as long. The
+    last epoch is always validated."""
     precision: Literal["no", "bf16", "fp16"] | None = None
     """Mixed precision; `no` for float32, null for that of `accelerate launch`, or float32 without it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

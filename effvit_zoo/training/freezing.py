@@ -57,7 +57,7 @@ class FrozenBackbone:
         self.parameters = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: float) -> None:
         """Call it when the model is in training mode."""
         frozen = step < self.until_step
         if not self.wrapped:
@@ -67,7 +67,7 @@ class FrozenBackbone:
             for norm in self.norms:
                 norm.eval()
 
-    def after_backward(self, step: int) -> None:
+    def after_backward(self, step: float) -> None:
         if step < self.until_step:
             for parameter in self.parameters:
                 parameter.grad = None

@@ -13,7 +13,7 @@ from timm.data.transforms import str_to_pil_interp
 from torch import nn
 
 from .. import hub
-from ..data import MODES, Feed, make_feed
+from ..data import MODES, Feed, make_feed, with_cache
 from ..errors import UserError, one_line
 from ..tasks import TASKS, Task
 from .config import RunConfig
@@ -40,7 +40,7 @@ def prepare(config: RunConfig, num_processes: int) -> Prepared:
     if in_chans not in tuple(MODES):
         raise UserError(f"model.kwargs.in_chans is {in_chans}, expected 3 (RGB) or 1 (grey)")
     kind, data, train, augment = TASKS[config.task.kind], config.data, config.train, config.augment
-    splits = kind.open_splits(data, MODES[in_chans])
+    splits = with_cache(kind.open_splits(data, MODES[in_chans]), data.cache, num_processes)
     task = kind.for_training(config.task, augment, splits)
     model = build_model(config, task)
     data_config = _data_config(config, model, in_chans)

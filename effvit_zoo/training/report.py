@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -22,6 +21,7 @@ from ..measure.host import environment
 from ..report.run_page import Page, write_report
 from ..tasks import Task
 from ..viz.curves import single_curves
+from . import pace
 from .checkpoint import RunState
 from .config import RunConfig
 
@@ -62,14 +62,15 @@ class RunReport:
         self.notes, self.loss = notes, loss
         self.again = again or resume_command(folder, processes)
         self.settings = _settings(config, feed, model, processes)
-        self.has_pictures, self.next_pictures = False, time.monotonic() + FIRST_PICTURES
+        self.has_pictures, self.next_pictures = False, pace.clock() + FIRST_PICTURES
+        self.seconds = 0.0  # that the last report with pictures took
 
     def progress(self, state: RunState) -> None:
         """Writes the report of a run that goes on: at first without pictures, later with pictures but not each time it is called."""
-        done, epochs = state.epoch, self.config.train.epochs
+        done, epochs = state.epoch, self._epochs(state)
         now = datetime.now().strftime("%Y-%m-%d %H:%M")
         status = f"Not finished: {done} of {epochs} epochs at {now}. If the run was interrupted, this continues it:"
-        if done and time.monotonic() >= self.next_pictures:
+        if done and pace.clock() >= self.next_pictures:
             self.write(state, status)
         elif not self.has_pictures:
             self.write(state, status, pictures=False)
@@ -78,8 +79,7 @@ class RunReport:
         """Writes the report of a run that ends before its time."""
         reasons = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal to stop"}
         reason = reasons.get(type(error), f"by an error ({one_line(error)})")
-        steps = self.config.train.epochs * self.feed.steps_per_epoch
-        place = f"{state.epoch} of {self.config.train.epochs} epochs, step {state.step:,} of {steps:,}"
+        place = f"{state.epoch} of {self._epochs(state)} epochs, step {state.step:,} of {state.plan.steps:,}"
         self.write(state, f"Interrupted {reason} after {place}. This continues it:", pictures=bool(state.history))
 
     def write(
@@ -93,13 +93,13 @@ class RunReport:
             measured: Further technical rows.
             pictures: With figures and images.
         """
-        started = time.monotonic()
+        started = pace.clock()
         best, details = state.best.get("metrics"), state.best.get("details") or {}
         name, metric = next(iter(self.task.metrics.items()))
         headline, subline, result = "No epoch is finished yet", "", []
         if best:
             headline = f"{metric.title} {metric.show(best[name])}"
-            epoch = f"at epoch {state.best_epoch} of {self.config.train.epochs}"
+            epoch = f"at epoch {state.best_epoch} of {self._epochs(state)}"
             subline = f"on the validation images, {epoch if state.best_epoch else 'by the linear probe'}"
             result = [*self.task.result(best, details), *probe_result(self.task, state)]
         folder = self.folder if pictures else None
@@ -118,8 +118,13 @@ class RunReport:
         )
         write_report(self.folder, page)
         if pictures:
-            ended = time.monotonic()
-            self.has_pictures, self.next_pictures = True, ended + SHARE * (ended - started)
+            ended = pace.clock()
+            self.seconds = ended - started
+            self.has_pictures, self.next_pictures = True, ended + SHARE * self.seconds
+
+    def _epochs(self, state: RunState) -> int:
+        """Epochs of the whole run, the last of which may be a part of one."""
+        return -(-state.plan.steps // self.feed.steps_per_epoch)
 
     def facts(self, state: RunState) -> dict[str, Any]:
         """What summary.json says of a run's data, result and length."""
@@ -137,7 +142,7 @@ class RunReport:
             **metrics,
             **loss,
             "best_epoch": state.best_epoch if metrics else None,
-            "epochs": self.config.train.epochs,
+            "epochs": self._epochs(state),
             "epochs_run": state.epoch,
             **probe_facts(self.task, state),
             "skipped_steps": state.skipped_steps,
