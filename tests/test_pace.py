@@ -17,8 +17,8 @@ from effvit_zoo.training.pace import Pace, Plan, make_pace, pace_notes
 
 
 def simulate(minutes, step_seconds, per_epoch=10, epochs=1000, validation=1.0, save=0.5, start=8.0, finish=2.0):
-    """A run as the engine's loop makes it. Seconds at its end, its plan, the times at which it was validated, and pairs of the seconds
-    that were said to be left and the time."""
+    """A run as the engine's loop makes it. Seconds at its end, its plan, the times at which it was validated, and pairs of the
+    seconds that were said to be left and the time."""
     run, now, validated, said = Pace(per_epoch, epochs, 1, 0.5, minutes), start, [], []
     plan, done, step = run.start(), 0, 0
     while True:
@@ -157,7 +157,7 @@ def fake_clock(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [3, 9, 14])
 def test_a_timed_run_is_resumed_to_the_same_bits(photos, tmp_path, fake_clock, cut):
-    """Cut before the plan was made, in the second epoch and in the last: 16 steps of 2 s and an end of 3 s fit into 0.62 minutes."""
+    """Cut before the plan was made, in the second epoch and in the last: 16 steps of 2 s and an end of 3 s fit into the time."""
     settings = [f"data.root={photos}", "train.minutes=0.62", "train.epochs=30", "optim.warmup_epochs=3"]
     settings += ["train.checkpoint_steps=2", "train.val_every=2"]
     assert train_small(tmp_path / "whole", *settings) == 0

@@ -1,7 +1,7 @@
 """Decoded images of small data sets, kept in memory, so that a file is decoded once in a run, whichever process loads it.
 
-What is kept is the decoded image itself, without loss, so that a run sees the same pixels with and without it. It lies in memory that
-forked loader processes share; in processes that are started anew (macOS, Windows), each image is decoded every time.
+What is kept is the decoded image itself, without loss, so that a run sees the same pixels with and without it. It lies in memory
+that forked loader processes share; in processes that are started anew (macOS, Windows), each image is decoded every time.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def with_cache(splits: DataSplits, wanted: bool | int | None, processes: int = 1
 
     Args:
         splits: Training and validation samples; streams and data that is decoded already are left as they are.
-        wanted: `data.cache`: megabytes; True for as many images as fit into 2 GB and a quarter of the free memory, None for all where
-            all fit, False for none.
+        wanted: `data.cache`: megabytes; True for as many images as fit into 2 GB and a quarter of the free memory, None for all
+            where all fit, False for none.
         processes: Processes that train together, each of which keeps its own.
     """
     sizes = {name: _expected_bytes(getattr(splits, name)) for name in ("train", "val")} if wanted is not False else {}
@@ -85,7 +85,8 @@ def with_cache(splits: DataSplits, wanted: bool | int | None, processes: int = 1
     limit = wanted * 2**20 if given else int(min(LARGEST, SHARE * free_memory())) // processes  # type: ignore[operator]
     expected, bound = _megabytes(total), _megabytes(limit)
     if SLACK * total > limit and wanted is None:
-        note = f"decoded anew in every epoch: the images take about {expected}, more than {bound} (data.cache=MEGABYTES keeps a part)"
+        keeps = "data.cache=MEGABYTES keeps a part"
+        note = f"decoded anew in every epoch: the images take about {expected}, {bound} at most are kept ({keeps})"
         return replace(splits, notes=(*splits.notes, note))
     room = {name: int(min(SLACK * size, limit * size / total)) for name, size in sizes.items() if size}
     train, val = (_cached(source, room.get(name, 0)) for name, source in (("train", splits.train), ("val", splits.val)))

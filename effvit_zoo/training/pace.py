@@ -1,10 +1,10 @@
 """How long a run takes: its plan in optimizer steps, and the time that is left, both from measured times.
 
 `train.minutes` bounds the time of a whole run, from its start to its last figure. Such a run is planned after its first steps and
-planned anew where it would miss its end by more than `TOLERANCE`, as the host has become slower or faster. So that each plan ends with
-a finished schedule, the schedule is a function of a run's place, which goes from 0 to the steps of `train.epochs`: between two plans,
-the place grows evenly with the steps. Without `train.minutes` the place is the step. A plan is part of the run's state, and a run that
-is resumed keeps it.
+planned anew where it would miss its end by more than `TOLERANCE`, as the host has become slower or faster. So that each plan
+ends with a finished schedule, the schedule is a function of a run's place, which goes from 0 to the steps of `train.epochs`:
+between two plans, the place grows evenly with the steps. Without `train.minutes` the place is the step. A plan is part of the
+run's state, and a run that is resumed keeps it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Pace:
 
     @property
     def _end(self) -> float:
-        """Seconds of a validation, with what is saved after it. A forward pass is taken to need half of a training step's time."""
+        """Seconds of a validation and what is saved after it. A forward pass is taken to need half of a training step's time."""
         validation = self.validations.mean if self.validations.weight else 0.5 * self.val_share * self.steps.mean
         return validation + self.saves.mean
 
@@ -137,7 +137,7 @@ class Pace:
         return (steps - step) * self.steps.mean + ends * self._end + self.finish
 
     def left(self, plan: Plan, step: int) -> float | None:
-        """Expected seconds to the end of a plan from a step that may still have its validation ahead; None while nothing is measured."""
+        """Expected seconds to the end of a plan from a step that may have its validation ahead; None before the first step."""
         return self.seconds(step - 1, plan.steps, plan.every) - self.steps.mean if self.steps.weight else None
 
     def measured(self) -> list[float]:
@@ -215,7 +215,7 @@ def pace_notes(feed: Feed, train: TrainConfig) -> list[str]:
         )
     if every > 1 and train.val_every is None:
         notes.append(
-            f"validated after every {every} epochs, so that {counts['val_images']:,} validation images take no longer than training on "
-            f"{counts['train_images']:,} (train.val_every=1 validates after each)"
+            f"validated after every {every} epochs, so that {counts['val_images']:,} validation images take no longer than "
+            f"training on {counts['train_images']:,} (train.val_every=1 validates after each)"
         )
     return notes
