@@ -125,7 +125,7 @@ def solve_head(
         HeadError: There is no solution; on every process.
         UserError: An unreadable file where that ends a run, or a dead loader worker.
     """
-    key, path = _key(model, feed, config), folder / FEATURES
+    key, path = _key(solver, model, feed, config), folder / FEATURES
     rows = _read(path, key) if accelerator.is_main_process else None
     if not _agreed(accelerator, rows is not None):
         rows = _compute(solver, model, feed, config, accelerator, on_bad)
@@ -207,13 +207,16 @@ def _agreed(accelerator: Accelerator, value: Any) -> Any:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def _key(model: nn.Module, feed: Feed, config: RunConfig) -> str:
-    """What features depend on: weights, images, transform, settings and version."""
+def _key(solver: HeadSolver, model: nn.Module, feed: Feed, config: RunConfig) -> str:
+    """What features depend on: weights but those that are solved for, images, transform, settings and version."""
     digest = blake2b(digest_size=16)
     sections = strict.as_dict(config)
     facts = [__version__, feed.data_config, {name: sections[name] for name in FOUND_BY}, listing(feed.splits)["train"]]
     digest.update(json.dumps(facts, default=str, sort_keys=True).encode())
+    solved_for = {parameter.data_ptr() for parameter in solver.parameters()}
     for name, value in model.state_dict().items():
+        if value.data_ptr() in solved_for:
+            continue
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
