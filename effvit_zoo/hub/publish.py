@@ -310,7 +310,7 @@ def _contents(
     config = checked_config(folder / MODEL_CONFIG, folder / MODEL_CONFIG)
     if license is not None:
         config.setdefault("pretrained_cfg", {})["license"] = license
-    config = _public(config)
+    config = public(config)
     try:
         model = load(folder)
     except UserError as error:
@@ -329,7 +329,7 @@ def _contents(
 
 def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
     """Name and public content of each record in a folder. `model` is "best" or "last": of the other one nothing is published."""
-    run = _public(plain(read_yaml(folder / CONFIG)))
+    run = public(plain(read_yaml(folder / CONFIG)))
     run.pop("hub", None)  # where its author uploaded to
     yield CONFIG, dump_yaml(run).encode()
     other = {run_folder.BEST: run_folder.LAST, run_folder.LAST: run_folder.BEST}.get(model or "")
@@ -338,7 +338,7 @@ def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
             content = run_folder.read_json(folder / name)
             if name == run_folder.VALIDATION and other and isinstance(content, list):
                 content = [row for row in content if not (isinstance(row, dict) and _is_of(row, other))]
-            yield name, _as_json(_public(content))
+            yield name, _as_json(public(content))
     if (folder / run_folder.METRICS).is_file():
         yield run_folder.METRICS, (folder / run_folder.METRICS).read_bytes()
 
@@ -347,13 +347,13 @@ def _is_of(row: Mapping[str, Any], model: str) -> bool:
     return Path(str(row.get("model", ""))).name == model
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
     """The value without what concerns only the machine it was written on; absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
         kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
-        return {key: item if key in _NAMES_OF_CLASSES else _public(item) for key, item in kept.items()}
+        return {key: item if key in _NAMES_OF_CLASSES else public(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
+        return [public(item) for item in value]
     if isinstance(value, str) and (match := _ABSOLUTE.match(value)):
         return (match["source"] or "") + _last_part(value)
     if isinstance(value, str):

@@ -1,0 +1,106 @@
+"""`effzoo export`: a model as files for other runtimes, each proven on photos."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, positive, whole
+from ..report.rows import print_table
+from ._arguments import MODEL_HELP
+
+HELP = "write a model as files for other runtimes, compared with it on photos"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(_names())}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="(default: export in the folder MODEL; for what is no folder ./NAME-export)",
+    )
+    parser.add_argument("--pretrained", action="store_true", help="with a model name: its published weights")
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        help="photos to compare on, as data.root in a config, or any folder of images (default: embedded images)",
+    )
+    parser.add_argument("--images", type=whole(2), default=200, metavar="N", help="photos to compare on (default: %(default)s)")
+    parser.add_argument(
+        "--input",
+        choices=("tensor", "pixels"),
+        default="tensor",
+        help="what the files take: normalised float32 (B, C, H, W), or uint8 (B, H, W, C) (default: %(default)s)",
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--img-size", type=positive, metavar="N", help="side length of the images (default: the model's)")
+    parser.add_argument("--opset", type=positive, metavar="N", help="of ONNX files (default: the exporter's own)")
+
+
+def _names() -> tuple[str, ...]:
+    return ("onnx", "openvino", "executorch", "coreml", "litert", "torch")  # help is shown without importing torch
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports and prints a table. Raises `UserError`, after all targets were tried, where one failed."""
+    from ..export.folder import export_model
+
+    failed: list[str] = []
+
+    def note(target: str, error: UserError) -> None:
+        failed.append(target)
+        print(f"failed: {error}", file=sys.stderr)
+
+    names = ("input", "precision", "img_size", "opset", "images")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options |= {"data": args.data, "pretrained": args.pretrained or None}
+    targets = [*dict.fromkeys(args.to)]
+    alone = len(targets) == 1
+    record = export_model(args.model, targets, args.output, on_failure=None if alone else note, **options)
+    if record["note"]:
+        print(f"note: {record['note']}", file=sys.stderr)
+    written = [entry for entry in record["files"].values() if entry["target"] in targets and entry["precision"] == args.precision]
+    if written:
+        _print(written)
+        print(f"\n{record['folder']}: README.md says how to run each of them")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(targets)} targets failed: {', '.join(failed)}")
+
+
+def _print(entries: list[dict[str, Any]]) -> None:
+    head = ("target", "file", "MB", "largest error", "cosine", "same class, %", "metric", "in torch", "ms")
+    print_table(head, [_cells(entry) for entry in entries], right=range(2, len(head)))
+    proven = next((entry["agreement"] for entry in entries if "agreement" in entry), None)
+    if proven is not None:
+        print(
+            f"\n{proven['images']} images of {proven['data']}; ms are of one image with one thread on {proven['processor']}"
+        )
+    for entry in entries:
+        if "agreement" not in entry:
+            from ..export import TARGETS
+
+            print(f"{entry['name']}: {TARGETS[entry['target']].elsewhere}")
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    start = [entry["target"], entry["name"], f"{entry['bytes'] / 1e6:.1f}"]
+    found = entry.get("agreement")
+    if found is None:
+        return [*start, *["-"] * 6]
+    same = found.get("same_class")
+    cells = [f"{found['largest_error']:.1e}", f"{found['cosine']:.6f}", "-" if same is None else f"{same:.1f}"]
+    return [*start, *cells, _metric(found.get("metrics")), _metric(found.get("model")), f"{found['milliseconds']:.2f}"]
+
+
+def _metric(measured: Mapping[str, Any] | None) -> str:
+    """The first of the task's metrics, with its interval."""
+    if not measured:
+        return "-"
+    name = next(iter(measured))
+    ends = measured.get(f"{name}_interval")
+    return f"{name} {measured[name]:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")

@@ -1,0 +1,154 @@
+"""A model as targets convert it: one tensor in, named tensors out, with the input and the precision that the file is to have."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+
+from ._forms import transform
+
+MOST_IMAGES = 1024
+"""Largest number of images of a call, where a file takes any number."""
+INPUTS = {"tensor": "image", "pixels": "pixels"}
+"""Kind of input -> its name in the file."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Function(nn.Module):
+    """A model with its preprocessing, if it is to have one, and with its outputs as a tuple.
+
+    Args:
+        model: Images (B, C, H, W) to a tensor, a sequence of tensors or tensors by name.
+        outputs: Names of the outputs, in order.
+        scaling: (mean, std) of the channels: the input is uint8 (B, H, W, C). None: it is float32 (B, C, H, W), normalised.
+        dtype: What the model computes in; inputs and outputs stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Sequence[str],
+        scaling: tuple[Sequence[float], Sequence[float]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.model, self.outputs, self.dtype, self.has_scaling = model, tuple(outputs), dtype, scaling is not None
+        if scaling is not None:
+            mean, std = (torch.tensor(values, dtype=torch.float32) for values in scaling)
+            self.register_buffer("scale", 1 / (255 * std))
+            self.register_buffer("shift", -mean / std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.has_scaling:  # along the last axis, so that no runtime has to change the layout of a constant
+            images = (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        if self.dtype != torch.float32:
+            images = images.to(self.dtype)
+        return tuple(output.float() for output in output_list(self.model(images), self.outputs))
+
+
+def output_list(output: Any, names: Sequence[str]) -> list[Tensor]:
+    """A model's output as a list of tensors: one, a sequence, or tensors by name."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [output[name] for name in names] if isinstance(output, Mapping) else list(output)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a target converts. Its module is its own: a target may change it.
+
+    Attributes:
+        module: One tensor to a tuple of tensors.
+        sample: An input of one image.
+        input_name: The input's name.
+        output_names: The outputs' names.
+        batch: Images of a call; None for any number from 1 to `MOST_IMAGES`.
+        precision: "fp32", "fp16" or "bf16".
+        opset: ONNX's; None for the exporter's own.
+    """
+
+    module: _Function
+    sample: Tensor
+    input_name: str = "image"
+    output_names: tuple[str, ...] = ("output",)
+    batch: int | None = None
+    precision: str = "fp32"
+    opset: int | None = None
+
+    @property
+    def example(self) -> Tensor:
+        """An input to trace with: two images for any number of them, since one would be exported as a constant."""
+        return self.sample.expand(self.batch or 2, *self.sample.shape[1:]).contiguous()
+
+    def cast(self) -> Graph:
+        """The graph with a model that computes in its precision, for targets that don't lower the precision themselves."""
+        dtype = DTYPES[self.precision]
+        self.module.model.to(dtype)
+        self.module.dtype = dtype
+        return replace(self, module=self.module)
+
+    def program(self) -> torch.export.ExportedProgram:
+        """The graph as torch.export has it."""
+        dynamic = None if self.batch else ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)},)
+        with quiet(), torch.no_grad():
+            return torch.export.export(self.module, (self.example,), dynamic_shapes=dynamic)
+
+
+def make_graph(
+    model: nn.Module,
+    size: Sequence[int],
+    forms: Sequence[str] = (),
+    *,
+    scaling: tuple[Sequence[float], Sequence[float]] | None = None,
+    output_names: Sequence[str] = ("output",),
+    batch: int | None = None,
+    precision: str = "fp32",
+    opset: int | None = None,
+) -> Graph:
+    """A graph of a copy of a model, fused and in the given forms.
+
+    Args:
+        model: In eval mode on the CPU; it is left as it is.
+        size: (C, H, W) of its images.
+        forms: Names in `_forms.FORMS`.
+        scaling: (mean, std), for uint8 images (B, H, W, C); None for normalised float32 images (B, C, H, W).
+        output_names: Names of the outputs.
+        batch: Images of a call, None for any number.
+        precision: A key of `DTYPES`.
+        opset: ONNX's.
+    """
+    fused = transform(reparameterize_model(copy.deepcopy(model).eval(), inplace=True), forms).requires_grad_(False)
+    for tensor in (*fused.parameters(), *fused.buffers()):
+        tensor.data = tensor.data.contiguous()  # folding may leave weights in channels_last, which XNNPACK's compiler refuses
+    channels, height, width = size
+    sample = torch.zeros(1, channels, height, width)
+    if scaling is not None:
+        sample = torch.zeros(1, height, width, channels, dtype=torch.uint8)
+    function = _Function(fused, output_names, scaling).eval()
+    name = INPUTS["tensor" if scaling is None else "pixels"]
+    return Graph(function, sample, name, tuple(output_names), batch, precision, opset)
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keeps converters' warnings and log lines from the console; their errors are exceptions."""
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", *loggers)
+    held = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in held.items():
+            logging.getLogger(name).setLevel(level)
