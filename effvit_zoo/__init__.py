@@ -26,10 +26,10 @@ def _is_command_line() -> bool:
 
 
 if not _is_command_line():
+    from . import export as export
     from . import hub as hub
     from . import models as models
     from .evaluation.prediction import predict as predict
-    from . import export as export
     from .export.deployed import open_exported as open_exported
     from .export.optimize import optimize_for_inference as optimize_for_inference
     from .hub import pull as pull

@@ -17,7 +17,9 @@ HELP = "write a model as files for other runtimes, compared with it on photos"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(_names())}")
+    parser.add_argument(
+        "--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(_names())}"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -30,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROOT",
         help="photos to compare on, as data.root in a config, or any folder of images (default: embedded images)",
     )
-    parser.add_argument("--images", type=whole(2), default=200, metavar="N", help="photos to compare on (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=whole(2), default=200, metavar="N", help="photos to compare on (default: %(default)s)"
+    )
     parser.add_argument(
         "--input",
         choices=("tensor", "pixels"),
@@ -38,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the files take: normalised float32 (B, C, H, W), or uint8 (B, H, W, C) (default: %(default)s)",
     )
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--img-size", type=positive, metavar="N", help="side length of the images (default: the model's)")
+    parser.add_argument(
+        "--img-size", type=positive, metavar="N", help="side length of the images (default: the model's)"
+    )
     parser.add_argument("--opset", type=positive, metavar="N", help="of ONNX files (default: the exporter's own)")
 
 
@@ -64,7 +70,11 @@ def run(args: argparse.Namespace) -> None:
     record = export_model(args.model, targets, args.output, on_failure=None if alone else note, **options)
     if record["note"]:
         print(f"note: {record['note']}", file=sys.stderr)
-    written = [entry for entry in record["files"].values() if entry["target"] in targets and entry["precision"] == args.precision]
+    written = [
+        entry
+        for entry in record["files"].values()
+        if entry["target"] in targets and entry["precision"] == args.precision
+    ]
     if written:
         _print(written)
         print(f"\n{record['folder']}: README.md says how to run each of them")

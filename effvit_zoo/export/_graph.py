@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +130,9 @@ def make_graph(
     """
     fused = transform(reparameterize_model(copy.deepcopy(model).eval(), inplace=True), forms).requires_grad_(False)
     for tensor in (*fused.parameters(), *fused.buffers()):
-        tensor.data = tensor.data.contiguous()  # folding may leave weights in channels_last, which XNNPACK's compiler refuses
+        tensor.data = (
+            tensor.data.contiguous()
+        )  # folding may leave weights in channels_last, which XNNPACK's compiler refuses
     channels, height, width = size
     sample = torch.zeros(1, channels, height, width)
     if scaling is not None:
@@ -140,15 +144,24 @@ def make_graph(
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Keeps converters' warnings and log lines from the console; their errors are exceptions."""
+    """Keeps what converters say in Python's logs, as warnings, and in C++ straight to the console to themselves; their errors are
+    exceptions."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", *loggers)
     held = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+    with open(os.devnull, "w") as nothing, warnings.catch_warnings():
+        streams = [(number, os.dup(number)) for number in (1, 2)]
+        try:
             warnings.simplefilter("ignore")
+            for name in names:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            for number, _ in streams:
+                os.dup2(nothing.fileno(), number)
             yield
-    finally:
-        for name, level in held.items():
-            logging.getLogger(name).setLevel(level)
+        finally:
+            for number, copy_of_it in streams:
+                os.dup2(copy_of_it, number)
+                os.close(copy_of_it)
+            for name, level in held.items():
+                logging.getLogger(name).setLevel(level)

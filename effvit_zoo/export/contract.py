@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from ..run_folder import EXPORT_RECORD
 
 if TYPE_CHECKING:
     from ._graph import Graph
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 """What is known of an exported file, see record.py: JSON values."""
 
-RECORD = "export.json"
+RECORD = EXPORT_RECORD
 """Name of the record in a folder of exported files, and inside the formats that hold other files."""
 
 MARK = "effvit_zoo"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ method = program.load_method("forward")
 show(method.execute([torch.from_numpy({reader}("photo.jpg"))])[0].numpy())
 ```
 
-The record is in constant methods, e.g. `program.load_method("architecture").execute([])`. In Kotlin, with `image` as a FloatArray (or ByteArray):
+The record is in constant methods, e.g. `program.load_method("architecture").execute([])`. In Kotlin, with `image` as a FloatArray (or
+ByteArray):
 
 ```kotlin
 val module = Module.load("{file}")
@@ -38,28 +40,20 @@ def convert(graph: Graph) -> Converted:
     """Lowers the graph to XNNPACK as far as it goes; the rest runs on ExecuTorch's portable kernels."""
     from ._graph import quiet
 
-    exir = need("executorch.exir", "executorch")
-    partition = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
-    configs = need("executorch.backends.xnnpack.utils.configs", "executorch")
     program = graph.cast().program()
-    texts: dict[str, str] = {}
-
-    def lower() -> Any:
-        with quiet("executorch", "root"):
-            return exir.to_edge_transform_and_lower(
-                program,
-                transform_passes=configs.get_transform_passes(),
-                partitioner=[partition.XnnpackPartitioner()],
-                constant_methods=texts,
-            )
-
-    edge = lower()
+    with quiet("executorch", "torch.utils._pytree"):
+        exir = need("executorch.exir", "executorch")
+        partition = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
+        configs = need("executorch.backends.xnnpack.utils.configs", "executorch")
+        edge = exir.to_edge_transform_and_lower(
+            program, transform_passes=configs.get_transform_passes(), partitioner=[partition.XnnpackPartitioner()]
+        )
 
     def save(path: Path, record: Record) -> None:
-        texts.clear()
-        texts.update(as_texts(record))
-        with path.open("wb") as file:
-            edge.to_executorch().write_to_file(file)
+        whole = copy.deepcopy(edge)  # which the last step changes
+        whole._config_methods = as_texts(record)  # the public way is to lower the graph again
+        with path.open("wb") as file, quiet("executorch"):
+            whole.to_executorch().write_to_file(file)
 
     nodes = [node for node in edge.exported_program().graph.nodes if node.op == "call_function"]
     names = Counter(_operation(node) for node in nodes)
@@ -67,9 +61,7 @@ def convert(graph: Graph) -> Converted:
     names.pop("getitem", None)
     inside = _delegated(edge.exported_program().graph_module)
     share = round(inside / max(1, inside + sum(names.values())), 4)
-    return Converted(
-        save, {"delegates": delegates, "delegated_share": share, "operations": dict(names.most_common())}
-    )
+    return Converted(save, {"delegates": delegates, "delegated_share": share, "operations": dict(names.most_common())})
 
 
 def _operation(node: Any) -> str:

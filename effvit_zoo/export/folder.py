@@ -16,7 +16,7 @@ from torch import nn
 from .. import hub
 from ..errors import UserError, one_line, unknown_choice
 from ..measure.progress import progress
-from ..run_folder import require_writable, write_json, write_text
+from ..run_folder import EXPORT, require_writable, write_json, write_text
 from ..tasks import Task, task_of
 from . import TARGETS
 from ._graph import DTYPES, INPUTS, MOST_IMAGES, Graph, make_graph, output_list
@@ -116,7 +116,7 @@ def default_folder(model: nn.Module | str | Path) -> Path:
         raise UserError("output: expected a folder for the files of a model that has no name")
     path = Path(str(model).removeprefix(hub.LOCAL)).expanduser()
     if path.is_dir():
-        return path / "export"
+        return path / EXPORT
     return Path(f"{str(model).rpartition('/')[2].rpartition(':')[2]}-export")
 
 
@@ -195,7 +195,9 @@ def _require_same(folder: Path, known: Mapping[str, Any], common: Record) -> Non
     """Raises `UserError` where a folder has files of another model, which `common` isn't true of."""
     other = [key for key, value in common.items() if key != "effvit_zoo" and known.get(key) != value]
     if other:
-        raise UserError(f"{folder} has files of another model or preprocessing ({other[0]} differs): delete it, or name another --output")
+        raise UserError(
+            f"{folder} has files of another model or preprocessing ({other[0]} differs): delete it, or name another --output"
+        )
 
 
 def _require_space(folder: Path, model: nn.Module) -> None:

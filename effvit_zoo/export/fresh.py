@@ -35,8 +35,7 @@ def as_input(pixels: np.ndarray, record: Record) -> np.ndarray:
 
 def wrong_inputs(array: np.ndarray, shape: list[int | None]) -> dict[str, np.ndarray]:
     """Inputs that no file of this input's type and shape may answer."""
-    taller = np.concatenate([array, array], axis=2 if array.shape[-1] <= 4 else 2)
-    wrong = {"another height": taller, "another type": array.astype(np.int32)}
+    wrong = {"another size": np.concatenate([array, array], axis=2), "another type": array.astype(np.int32)}
     if shape[0] is not None:
         wrong["another number of images"] = np.concatenate([array, array])
     return wrong

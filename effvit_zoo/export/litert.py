@@ -45,12 +45,11 @@ val values = outputs[0].readFloat()
 def convert(graph: Graph) -> Converted:
     from ._graph import quiet
 
-    litert = need("litert_torch", "litert")
-    with quiet("litert_torch", "absl"):
-        model = litert.convert(graph.module, (graph.sample,))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.tflite"
-        model.export(str(path))
+        with quiet("litert_torch", "absl"):
+            litert = need("litert_torch", "litert")
+            litert.convert(graph.module, (graph.sample,)).export(str(path))
         content = path.read_bytes()
         facts = _inspected(path)
 

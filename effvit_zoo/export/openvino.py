@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .contract import MARK, Converted, Opened, Record, Target, as_texts, from_texts, need
+from .contract import MARK, RECORD_KEYS, Converted, Opened, Record, Target, as_texts, from_texts, need
 
 if TYPE_CHECKING:
     from ._graph import Graph
@@ -20,7 +20,7 @@ import openvino
 from preprocessing import {reader}, show
 
 model = openvino.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
-show(model({reader}("photo.jpg"))[0])
+show(model(openvino.Tensor({reader}("photo.jpg")))[0])
 ```
 
 Without the hint, processors that have such units compute in bfloat16. The keys of `model_info` are those that OpenVINO's Model API and
@@ -73,7 +73,9 @@ def model_info(record: Record) -> dict[str, str]:
     }
     if record["file"]["input"]["dtype"] == "float32":
         for key in ("mean", "std"):
-            info["mean_values" if key == "mean" else "scale_values"] = " ".join(f"{255 * value:g}" for value in steps[key])
+            info["mean_values" if key == "mean" else "scale_values"] = " ".join(
+                f"{255 * value:g}" for value in steps[key]
+            )
     return info
 
 
@@ -86,7 +88,9 @@ def open_openvino(path: Path, threads: int) -> Opened:
     shape = [None if side.is_dynamic else side.get_length() for side in entry.get_partial_shape()]
 
     def run(images: np.ndarray) -> list[np.ndarray]:
-        results: Any = compiled(images)
+        results: Any = compiled(
+            openvino.Tensor(np.ascontiguousarray(images))
+        )  # an array of another type it would convert
         return [np.array(results[index]) for index in range(len(compiled.outputs))]
 
     return Opened(run, shape, np.dtype(entry.get_element_type().to_dtype()).name)
@@ -95,9 +99,8 @@ def open_openvino(path: Path, threads: int) -> Opened:
 def read(path: Path) -> Record | None:
     openvino = need("openvino", "openvino")
     model = openvino.Core().read_model(str(path))
-    if not model.has_rt_info(MARK):
-        return None
-    return from_texts({key: str(value.value) for key, value in model.get_rt_info(MARK).value.items()})
+    places = {key: [MARK, key] for key in RECORD_KEYS}
+    return from_texts({key: str(model.get_rt_info(at).value) for key, at in places.items() if model.has_rt_info(at)})
 
 
 TARGET = Target(

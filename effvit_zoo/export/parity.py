@@ -218,14 +218,18 @@ def prove(
     return found | {"milliseconds": answer["milliseconds"], "processor": processor_name()}
 
 
-def _judge(found: Mapping[str, Any], results: Sequence[Mapping[str, Any]], precision: str, accepted: Sequence[str]) -> None:
+def _judge(
+    found: Mapping[str, Any], results: Sequence[Mapping[str, Any]], precision: str, accepted: Sequence[str]
+) -> None:
     """Raises `UserError` for a file that doesn't agree with its model."""
     if "shape" in found:
         raise UserError(f"it gives outputs of shape {tuple(found['shape'])}, other than the model's")
     error, least = found["largest_error"], SAME_CLASS[precision]
     limit = TOLERANCE if precision == "fp32" else float("inf")
     if not error <= limit:
-        raise UserError(f"it differs from the model by {error:.1e} of the largest centred output, allowed are {limit:.0e}")
+        raise UserError(
+            f"it differs from the model by {error:.1e} of the largest centred output, allowed are {limit:.0e}"
+        )
     shares = [result["same_class"] for result in results if result.get("same_class") is not None]
     if shares and min(shares) < least:
         raise UserError(f"it gives {min(shares):.2f} % of the images the model's class, expected are {least:g} %")
@@ -254,7 +258,8 @@ def run_fresh(
         reason = lines[-1] if lines else f"its process ended with {done.returncode}"
         raise UserError(f"it can't be run: {one_line(reason)}")
     outputs = {
-        batch: [np.load(file) for file in sorted(folder.glob(f"outputs-{batch}-*.npy"), key=_number)] for batch in batches
+        batch: [np.load(file) for file in sorted(folder.glob(f"outputs-{batch}-*.npy"), key=_number)]
+        for batch in batches
     }
     return answer, outputs
 

@@ -22,7 +22,8 @@ model = torch.export.load("{file}").module()
 show(model(torch.from_numpy({reader}("photo.jpg")))[0].numpy())
 ```
 
-`torch.compile(model)` compiles it. The record is in the file: `torch.export.load(path, extra_files=files)` fills in `files = {{"export.json": ""}}`.
+`torch.compile(model)` compiles it. The record is in the file: `torch.export.load(path, extra_files=files)` fills in
+`files = {{"export.json": ""}}`.
 """
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from .. import run_folder
 from ..config import dump_yaml, plain, read_yaml
 from ..errors import UserError
-from ..run_folder import CARD, CONFIG, MODEL_CONFIG, RECORDS, WEIGHTS
+from ..run_folder import CARD, CONFIG, EXPORT, EXPORT_RECORD, MODEL_CONFIG, RECORDS, WEIGHTS
 from . import card, client
 from .client import FAILURES, explain, fetch
 from .config_check import checked_config
@@ -39,6 +39,8 @@ _ABSOLUTE = re.compile(r"^(?P<source>local-dir:)?(?:/|~|[A-Za-z]:[\\/])")
 _ABSOLUTE_INSIDE = re.compile(r"(?<![\w.:/\\~-])(?:~?/|[A-Za-z]:[\\/])(?=[^\s/])[^\s'\"<>|,;]*")
 
 _NAMES_OF_CLASSES = ("label_names", "label_descriptions")
+
+_TEXTS = (".json", ".md", ".py", ".txt")
 
 _Content = bytes | Path
 
@@ -101,7 +103,8 @@ def push(
             text = card.make(files, repo_id, facts, revision=revision, license=license, own_words=words)
             files[CARD] = text.encode()
             _refuse_tokens(files)  # also in what somebody wrote into the card, or in the licence
-            stale = (place.present & {*_PUBLISHED, *card.figures_in(previous)}) - files.keys()
+            exported = {name for name in place.present if name.startswith(f"{EXPORT}/")}
+            stale = (place.present & {*_PUBLISHED, *card.figures_in(previous), *exported}) - files.keys()
             return _commit(place, files, sorted(stale), message or "Upload a model of effvit_zoo")
     except _Unclear:
         raise
@@ -323,8 +326,26 @@ def _contents(
     if (records := folder / RECORDS if own else run_folder.run_of(folder)) is not None:
         files |= {f"{RECORDS}/{name}": content for name, content in _records(records, None if own else folder.name)}
         files |= {f"{RECORDS}/{name}": records / name for name in facts.figures if (records / name).is_file()}
+    files |= _exported(folder)
     _refuse_tokens(files)
     return files, facts
+
+
+def _exported(folder: Path) -> dict[str, _Content]:
+    """The folder of files for other runtimes that was made from a model folder, in it or in its run folder. Raises `UserError` for one
+    that was made from other weights."""
+    places = (place / EXPORT for place in (folder, run_folder.run_of(folder)) if place is not None)
+    found = next((place for place in places if (place / EXPORT_RECORD).is_file()), None)
+    if found is None:
+        return {}
+    made_from = run_folder.read_json(found / EXPORT_RECORD).get("weights_sha256")
+    if made_from != client.content_hash(folder / WEIGHTS, git=False):
+        raise UserError(f"{found} has files of other weights than {folder}: export again, or delete it")
+    inside = sorted(path for path in found.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {
+        f"{EXPORT}/{path.relative_to(found).as_posix()}": path.read_bytes() if path.suffix in _TEXTS else path
+        for path in inside
+    }
 
 
 def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
