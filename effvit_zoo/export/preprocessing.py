@@ -84,8 +84,8 @@ def _fit(image: Image.Image, height: int, width: int, steps: dict[str, Any]) -> 
         size = (round(image.width / ratio), round(image.height / ratio))
     if image.size != size:
         image = image.resize(size, filter)
-    fill = tuple(round(255 * value) for value in steps["mean"]) if mode == "border" else 0
-    return _crop(image, height, width, fill[0] if fill and len(fill) == 1 else fill)
+    fill = tuple(round(255 * value) if mode == "border" else 0 for value in steps["mean"])
+    return _crop(image, height, width, fill if len(fill) > 1 else fill[0])
 
 
 def _crop(image: Image.Image, height: int, width: int, fill: Any) -> Image.Image:

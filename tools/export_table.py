@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Every kind of model in every export target: what was written, how it compares with the model, and what refused it, as rows in results/.
+
+python tools/export_table.py [--models NAME...] [--to TARGET...] [--precision fp32 fp16 bf16] [--images 200] [--output results/export.json]
+
+Rows are added to the file as they are measured; those that are there already are skipped, with --retry except the failed ones. Weights
+are random with values wherever training starts from zeros, and BatchNorm's statistics are those of the images: otherwise outputs would
+hardly depend on the image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import effvit_zoo
+from effvit_zoo.errors import UserError, run_command
+from effvit_zoo.export import TARGETS
+from effvit_zoo.export._graph import DTYPES
+from effvit_zoo.export._pixels import to_images
+from effvit_zoo.export._record import common_record
+from effvit_zoo.export.folder import IMAGES
+from effvit_zoo.export.parity import open_photos
+from effvit_zoo.run_folder import read_json, write_json
+from effvit_zoo.tasks import task_of
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "results" / "export.json"
+KINDS = [
+    *(
+        "effzoo_swin_tiny_patch4_window7_224",
+        "effzoo_efficientvit_b0",
+        "effzoo_edgenext_xx_small",
+        "effzoo_conv2former_n",
+    ),
+    *("effzoo_swiftformer_xs", "effzoo_vit_tiny", "effzoo_elu_vit_tiny", "effzoo_cosformer_vit_tiny"),
+    *("effzoo_hydra_vit_tiny", "effzoo_sima_vit_tiny", "effzoo_tosa_vit_tiny"),
+]
+"""The smallest published size of each kind."""
+TIMMS = ["resnet18", "vit_tiny_patch16_224", "convnext_atto"]
+KEY = ("model", "target", "precision")
+PROVEN = ("largest_error", "cosine", "same_class", "decided", "images", "batches", "milliseconds", "processor")
+KEPT = ("bytes", "batch", "forms", "rank", "delegates", "delegated_share", "opset")
+
+
+def build(name: str) -> Any:
+    """A model in eval mode whose outputs depend on the image, the same at every call."""
+    torch.manual_seed(0)
+    model: Any = effvit_zoo.create_model(name).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.std() < 1e-4:
+            nn.init.normal_(module.weight, std=0.05)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+    record = common_record(model)
+    photos = open_photos(task_of(model), record, None, 32)
+    with torch.no_grad():
+        if norms:
+            for start in range(0, len(photos.pixels), 8):
+                model(to_images(photos.pixels[start : start + 8], record))
+    return model.eval()
+
+
+def rows_of(name: str, targets: Sequence[str], precision: str, images: int) -> list[dict[str, Any]]:
+    """A row for each target."""
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options: dict[str, Any] = {"images": images, "precision": precision}
+        options["on_failure"] = lambda target, error: failures.setdefault(target, str(error))
+        record = effvit_zoo.export(build(name), targets, Path(folder) / "export", **options)
+    entries = {entry["target"]: entry for entry in record["files"].values()}
+    return [
+        {"model": name, "target": target, "precision": precision} | _row(entries.get(target), failures.get(target, ""))
+        for target in targets
+    ]
+
+
+def _row(entry: Mapping[str, Any] | None, failure: str) -> dict[str, Any]:
+    if entry is None:
+        return {"failed": failure}
+    kept = {key: entry[key] for key in KEPT if key in entry}
+    proof = {key: value for key, value in entry.get("agreement", {}).items() if key in PROVEN}
+    return kept | {"versions": entry["versions"]} | proof
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*KINDS, *TIMMS], metavar="NAME")
+    parser.add_argument("--to", nargs="+", default=[*TARGETS], choices=[*TARGETS], metavar="TARGET")
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=[*DTYPES])
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="N")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
+    parser.add_argument("--retry", action="store_true", help="measure failed rows again")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for precision in args.precision:
+        for name in args.models:
+            rows = read_json(args.output) if args.output.is_file() else []
+            kept = [row for row in rows if not (args.retry and "failed" in row)]
+            known = {tuple(row[key] for key in KEY) for row in kept}
+            able = [target for target in args.to if precision in TARGETS[target].precisions]
+            missing = [target for target in able if (name, target, precision) not in known]
+            if not missing:
+                continue
+            try:
+                kept += rows_of(name, missing, precision, args.images)
+            except UserError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            write_json(args.output, kept)
+            print(f"{name}, {precision}: {', '.join(missing)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
