@@ -60,6 +60,7 @@ def build(name: str) -> Any:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)]
     for norm in norms:
         norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches, with no share of the initial values
         norm.train()
     record = common_record(model)
     photos = open_photos(task_of(model), record, None, 32)
