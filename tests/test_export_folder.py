@@ -130,7 +130,7 @@ def test_validate_pixels_halves_and_push_take_the_files(folders, photos, tmp_pat
     assert pixels["loss"] == pytest.approx(torch_row["loss"], rel=1e-5)
     assert main(["predict", "--model", files[1], str(photos), "--json", "--output", str(tmp_path / "p.json")]) == 0
     assert main(["push", str(model), "ada/birds"]) == 0
-    assert {"export/model.onnx", "export/export.json"} <= {*the_hub.repos["ada/birds"].files}
+    assert {"export/model.onnx", "export/export.json"} <= {*the_hub.repos["ada/birds"].files()}
     other = hub.load(model)
     with torch.no_grad():
         other.head.bias += 1
@@ -144,6 +144,7 @@ def test_validate_pixels_halves_and_push_take_the_files(folders, photos, tmp_pat
 
 def _broken(function):
     """A converter to torch's format that alters the outputs."""
+    own = TARGETS["torch"]
 
     class Altered(_Function):
         def forward(self, images):
@@ -151,9 +152,9 @@ def _broken(function):
 
     def convert(graph: Graph) -> Converted:
         module = Altered(graph.module.model, graph.module.outputs).eval()
-        return TARGETS["torch"].convert(replace(graph, module=module))
+        return own.convert(replace(graph, module=module))
 
-    return replace(TARGETS["torch"], convert=convert)
+    return replace(own, convert=convert)
 
 
 @pytest.mark.slow

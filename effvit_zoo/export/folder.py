@@ -243,10 +243,10 @@ class _Exporter:
         graph, converted = self._convert(target)
         entry = self._entry(target, path.name, graph) | converted.facts
         record = {**self.source.common, "file": entry}
-        converted.save(path, record)
+        _save(converted, path, record)
         if not target.elsewhere:
             entry["agreement"] = prove(path, target, self.photos, self.expected, record, self.source.task)
-            converted.save(path, record)  # again, now with the proof in it
+            _save(converted, path, record)  # again, now with the proof in it
         if target.read(path) != record:
             raise UserError("the record read back from the file is another one than was written into it")
         return entry
@@ -292,6 +292,16 @@ class _Exporter:
             ],
             "versions": _versions(("effvit_zoo", "torch", "timm", *sorted(packages - {"torch"}))),
         }
+
+
+def _save(converted: Converted, path: Path, record: Record) -> None:
+    """Raises `UserError` for whatever a format's writer raises, and OSError for the disk."""
+    try:
+        converted.save(path, record)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise UserError(f"it can't be written: {one_line(error)}") from error
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
