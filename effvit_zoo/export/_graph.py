@@ -46,6 +46,8 @@ class _Function(nn.Module):
         self.model, self.outputs, self.dtype, self.has_scaling = model, tuple(outputs), dtype, scaling is not None
         if scaling is not None:
             mean, std = (torch.tensor(values, dtype=torch.float32) for values in scaling)
+            self.scale: Tensor
+            self.shift: Tensor
             self.register_buffer("scale", 1 / (255 * std))
             self.register_buffer("shift", -mean / std)
 
@@ -76,15 +78,22 @@ class Graph:
         batch: Images of a call; None for any number from 1 to `MOST_IMAGES`.
         precision: "fp32", "fp16" or "bf16".
         opset: ONNX's; None for the exporter's own.
+        labels: Names of the classes that the only output has logits of; empty where it has none.
     """
 
-    module: _Function
+    module: Any
     sample: Tensor
     input_name: str = "image"
     output_names: tuple[str, ...] = ("output",)
     batch: int | None = None
     precision: str = "fp32"
     opset: int | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the input is uint8 (B, H, W, C)."""
+        return self.sample.dtype == torch.uint8
 
     @property
     def example(self) -> Tensor:
@@ -105,6 +114,25 @@ class Graph:
             return torch.export.export(self.module, (self.example,), dynamic_shapes=dynamic)
 
 
+class _Ends(nn.Module):
+    """A function with the input and the output that devices' image classifiers have."""
+
+    def __init__(self, inner: nn.Module, is_image: bool, is_classifier: bool) -> None:
+        super().__init__()
+        self.inner, self.is_image, self.is_classifier = inner, is_image, is_classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.inner(images.permute(0, 2, 3, 1) if self.is_image else images)
+        return (outputs[0].softmax(1),) if self.is_classifier else outputs
+
+
+def with_ends(graph: Graph, is_classifier: bool) -> Graph:
+    """A graph that takes float32 images (1, C, H, W) of values from 0 to 255 where it took pixels, and gives probabilities for logits."""
+    is_image = graph.takes_pixels
+    sample = graph.sample.permute(0, 3, 1, 2).float().contiguous() if is_image else graph.sample
+    return replace(graph, module=_Ends(graph.module, is_image, is_classifier).eval(), sample=sample)
+
+
 def make_graph(
     model: nn.Module,
     size: Sequence[int],
@@ -115,6 +143,7 @@ def make_graph(
     batch: int | None = None,
     precision: str = "fp32",
     opset: int | None = None,
+    labels: Sequence[str] = (),
 ) -> Graph:
     """A graph of a copy of a model, fused and in the given forms.
 
@@ -127,6 +156,7 @@ def make_graph(
         batch: Images of a call, None for any number.
         precision: A key of `DTYPES`.
         opset: ONNX's.
+        labels: Names of the classes that the only output has logits of.
     """
     fused = transform(reparameterize_model(copy.deepcopy(model).eval(), inplace=True), forms).requires_grad_(False)
     for tensor in (*fused.parameters(), *fused.buffers()):
@@ -139,7 +169,7 @@ def make_graph(
         sample = torch.zeros(1, height, width, channels, dtype=torch.uint8)
     function = _Function(fused, output_names, scaling).eval()
     name = INPUTS["tensor" if scaling is None else "pixels"]
-    return Graph(function, sample, name, tuple(output_names), batch, precision, opset)
+    return Graph(function, sample, name, tuple(output_names), batch, precision, opset, tuple(labels))
 
 
 @contextlib.contextmanager

@@ -16,9 +16,11 @@ def onnx_program(graph: Graph) -> Any:
     need("onnx", "onnx")
     need("onnxscript", "onnx")
     program = graph.program()
-    names = {"input_names": [graph.input_name], "output_names": [*graph.output_names]}
+    entry, exits = [graph.input_name], [*graph.output_names]
     with quiet():
-        return torch.onnx.export(program, opset_version=graph.opset, verbose=False, **names)
+        return torch.onnx.export(
+            program, input_names=entry, output_names=exits, opset_version=graph.opset, verbose=False
+        )
 
 
 def write_onnx(graph: Graph, path: Path) -> None:

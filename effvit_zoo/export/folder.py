@@ -241,7 +241,7 @@ class _Exporter:
 
     def _write(self, target: Target, path: Path) -> dict[str, Any]:
         graph, converted = self._convert(target)
-        entry = self._entry(target, path.name, graph) | converted.facts
+        entry = self._entry(target, path.name, graph) | dict(converted.facts)
         record = {**self.source.common, "file": entry}
         _save(converted, path, record)
         if not target.elsewhere:
@@ -268,8 +268,21 @@ class _Exporter:
     def _graph(self, target: Target, batch: int | None) -> Graph:
         steps = self.source.common["preprocessing"]
         scaling = (steps["mean"], steps["std"]) if self.options.input == "pixels" else None
-        kept = {"output_names": self.source.outputs, "precision": self.options.precision, "opset": self.options.opset}
-        return make_graph(self.source.model, steps["input_size"], target.forms, scaling=scaling, batch=batch, **kept)
+        shown = self.source.common["label_descriptions"] if self.source.common["labels"] else ()
+        is_classifier = (
+            len(self.source.outputs) == 1 and self.source.task.logits_axis == len(self.expected[0].shape) - 1
+        )
+        return make_graph(
+            self.source.model,
+            steps["input_size"],
+            target.forms,
+            scaling=scaling,
+            output_names=self.source.outputs,
+            batch=batch,
+            precision=self.options.precision,
+            opset=self.options.opset,
+            labels=shown if is_classifier else (),
+        )
 
     def _entry(self, target: Target, name: str, graph: Graph) -> dict[str, Any]:
         batch = [1, MOST_IMAGES] if graph.batch is None else [graph.batch, graph.batch]
