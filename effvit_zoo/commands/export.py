@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, positive, whole
+from ..export import TARGETS
 from ..report.rows import print_table
 from ._arguments import MODEL_HELP
 
@@ -17,9 +18,7 @@ HELP = "write a model as files for other runtimes, compared with it on photos"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(_names())}"
-    )
+    parser.add_argument("--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(TARGETS)}")
     parser.add_argument(
         "--output",
         type=Path,
@@ -46,10 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--img-size", type=positive, metavar="N", help="side length of the images (default: the model's)"
     )
     parser.add_argument("--opset", type=positive, metavar="N", help="of ONNX files (default: the exporter's own)")
-
-
-def _names() -> tuple[str, ...]:
-    return ("onnx", "openvino", "executorch", "coreml", "litert", "torch")  # help is shown without importing torch
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,8 +87,6 @@ def _print(entries: list[dict[str, Any]]) -> None:
         )
     for entry in entries:
         if "agreement" not in entry:
-            from ..export import TARGETS
-
             print(f"{entry['name']}: {TARGETS[entry['target']].elsewhere}")
 
 

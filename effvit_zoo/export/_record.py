@@ -10,7 +10,8 @@ former once, and the latter for each under "files".
     preprocessing         input_size (C, H, W), interpolation, crop_pct, crop_mode, channel_order, range, mean, std
     trained               what the training recorded of its data, so that validation finds the images that it held out
     file                  name, target, precision, forms, batch (fewest and most images of a call), input (name, dtype, layout, shape),
-                          outputs (name, shape of one image), versions, what the conversion says of it, and `agreement`: how it was proven
+                          outputs (name, shape of one image), versions, what the conversion says of it, and `agreement`: how it was
+                          proven. Its size in bytes is in export.json only.
 """
 
 from __future__ import annotations

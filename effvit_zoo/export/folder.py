@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -155,7 +156,7 @@ class _Source:
     @classmethod
     def load(cls, model: Any, pretrained: bool | None, options: Options) -> _Source:
         """Raises `UserError`."""
-        net = model if isinstance(model, nn.Module) else hub.load(model, pretrained=pretrained)
+        net = copy.deepcopy(model) if isinstance(model, nn.Module) else hub.load(model, pretrained=pretrained)
         if not isinstance(getattr(net, "pretrained_cfg", None), dict) or next(net.parameters(), None) is None:
             raise UserError(f"expected a model made by timm or effvit_zoo, got {type(net).__name__}")
         if (place := next(net.parameters())).device.type != "cpu" or place.dtype != torch.float32:

@@ -250,7 +250,9 @@ def run_fresh(
     paths = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "effvit_zoo.export.fresh", str(folder)]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=settings, capture_output=True, text=True, errors="replace", check=False
+    )
     answered = folder / "answer.json"
     answer = json.loads(answered.read_text(encoding="utf-8")) if answered.is_file() else {}
     if done.returncode and "trying" not in answer:
