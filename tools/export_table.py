@@ -11,6 +11,7 @@ hardly depend on the image.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -71,23 +72,20 @@ def build(name: str) -> Any:
     return model.eval()
 
 
-def rows_of(name: str, targets: Sequence[str], precision: str, images: int) -> list[dict[str, Any]]:
-    """A row for each target."""
-    failures: dict[str, str] = {}
+def row_of(name: str, target: str, precision: str, images: int) -> dict[str, Any]:
+    """What became of one model in one target."""
+    row = {"model": name, "target": target, "precision": precision}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        options: dict[str, Any] = {"images": images, "precision": precision}
-        options["on_failure"] = lambda target, error: failures.setdefault(target, str(error))
-        record = effvit_zoo.export(build(name), targets, Path(folder) / "export", **options)
-    entries = {entry["target"]: entry for entry in record["files"].values()}
-    return [
-        {"model": name, "target": target, "precision": precision} | _row(entries.get(target), failures.get(target, ""))
-        for target in targets
-    ]
+        try:
+            options: dict[str, Any] = {"images": images, "precision": precision}
+            record = effvit_zoo.export(build(name), [target], Path(folder) / "export", **options)
+        except UserError as error:
+            return row | {"failed": str(error)}
+    (entry,) = record["files"].values()
+    return row | _facts(entry)
 
 
-def _row(entry: Mapping[str, Any] | None, failure: str) -> dict[str, Any]:
-    if entry is None:
-        return {"failed": failure}
+def _facts(entry: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: entry[key] for key in KEPT if key in entry}
     proof = {key: value for key, value in entry.get("agreement", {}).items() if key in PROVEN}
     return kept | {"versions": entry["versions"]} | proof
@@ -103,22 +101,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--retry", action="store_true", help="measure failed rows again")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    for precision in args.precision:
-        for name in args.models:
-            rows = read_json(args.output) if args.output.is_file() else []
-            kept = [row for row in rows if not (args.retry and "failed" in row)]
-            known = {tuple(row[key] for key in KEY) for row in kept}
-            able = [target for target in args.to if precision in TARGETS[target].precisions]
-            missing = [target for target in able if (name, target, precision) not in known]
-            if not missing:
-                continue
-            try:
-                kept += rows_of(name, missing, precision, args.images)
-            except UserError as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                continue
-            write_json(args.output, kept)
-            print(f"{name}, {precision}: {', '.join(missing)}", flush=True)
+    rows = read_json(args.output) if args.output.is_file() else []
+    rows = [row for row in rows if not (args.retry and "failed" in row)]
+    for precision, name, target in itertools.product(args.precision, args.models, args.to):
+        known = {tuple(row[key] for key in KEY) for row in rows}
+        if (name, target, precision) in known or precision not in TARGETS[target].precisions:
+            continue
+        rows.append(row_of(name, target, precision, args.images))
+        write_json(args.output, rows)
+        print(name, target, precision, rows[-1].get("failed") or rows[-1].get("largest_error", "converted"), flush=True)
 
 
 if __name__ == "__main__":

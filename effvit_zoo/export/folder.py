@@ -64,8 +64,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Writes a model as files for several runtimes, with record, labels, preprocessing code and a README.
 
-    Each file is opened in a fresh process and compared with the model on photos before it gets its name. What stood in the folder for
-    the same weights and preprocessing stays, files of the same names are replaced.
+    Each file is opened in a fresh process and compared with the model on photos before it gets its name. Other files of the same weights
+    and preprocessing stay.
 
     Args:
         model: What `effvit_zoo.create_model` takes, or a model of timm's on the CPU.
@@ -77,11 +77,11 @@ def export_model(
         options: Of `Options`.
 
     Returns:
-        The content of the folder's export.json.
+        The content of the folder's export.json, with the folder, and a note on the photos' classes ("" for none).
 
     Raises:
-        UserError: An unknown target, one that isn't installed or can't take the model, a file that doesn't agree, a folder that can't
-            be written or holds files of other weights, or no such model or data. No file is left half written.
+        UserError: An unknown target or option, one that isn't installed or can't take the model, a file that doesn't agree, a folder
+            that is read-only or of other weights, or no such model or data. No file is left half written.
         OSError: The disk is full.
     """
     rows = _targets(targets)
@@ -95,20 +95,19 @@ def export_model(
     _require_space(folder, source.model)
     photos = open_photos(source.task, source.common, data, asked.images)
     exporter = _Exporter(source, asked, photos, reference(source.model, photos, source.common, source.outputs), folder)
-    files = dict(known["files"]) if known is not None else {}
-    for target in progress([*rows], "exporting to"):
-        row = rows[target]
+    record = folder_record(source.common, known["files"] if known is not None else {})
+    for name in progress([*rows], "exporting to"):
         try:
-            name, entry = exporter.write(row)
+            file, entry = exporter.write(rows[name])
         except UserError as error:
-            failure = UserError(f"{row.name}: {error}")
+            failure = UserError(f"{name}: {error}")
             if on_failure is None:
                 raise failure from error
-            on_failure(row.name, failure)
-            continue
-        files[name] = entry
-        _describe(folder, folder_record(source.common, files))
-    return folder_record(source.common, files) | {"folder": str(folder), "note": photos.note}
+            on_failure(name, failure)
+        else:
+            record["files"][file] = entry
+            _describe(folder, record)
+    return record | {"folder": str(folder), "note": photos.note}
 
 
 def default_folder(model: nn.Module | str | Path) -> Path:
