@@ -23,7 +23,7 @@ from . import TARGETS
 from ._graph import DTYPES, INPUTS, MOST_IMAGES, Graph, make_graph, output_list
 from ._readme import readme
 from ._record import common_record, folder_record, read_folder
-from .contract import RECORD, Converted, Record, Target
+from .contract import MARK, RECORD, Converted, Record, Target
 from .parity import Photos, open_photos, prove, reference
 
 LABELS, README, PREPROCESSING = "labels.txt", "README.md", "preprocessing.py"
@@ -89,13 +89,9 @@ def export_model(
     folder = Path(output) if output is not None else default_folder(model)
     require_writable(folder)
     source = _Source.load(model, pretrained, asked)
-    known = read_folder(folder)
-    if known is not None:
-        _require_same(folder, known, source.common)
-    _require_space(folder, source.model)
+    record = _known_record(folder, source)
     photos = open_photos(source.task, source.common, data, asked.images)
     exporter = _Exporter(source, asked, photos, reference(source.model, photos, source.common, source.outputs), folder)
-    record = folder_record(source.common, known["files"] if known is not None else {})
     for name in progress([*rows], "exporting to"):
         try:
             file, entry = exporter.write(rows[name])
@@ -191,22 +187,21 @@ def _resize(model: Any, img_size: int | tuple[int, int]) -> None:
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}
 
 
-def _require_same(folder: Path, known: Mapping[str, Any], common: Record) -> None:
-    """Raises `UserError` where a folder has files of another model, which `common` isn't true of."""
-    other = [key for key, value in common.items() if key != "effvit_zoo" and known.get(key) != value]
+def _known_record(folder: Path, source: _Source) -> dict[str, Any]:
+    """The record of a folder with the files that it has of the same model. Raises `UserError` where they are of another one, or the
+    disk is too full for a further file."""
+    known = read_folder(folder) or folder_record(source.common, {})
+    other = [key for key, value in source.common.items() if key != MARK and known.get(key) != value]
     if other:
         raise UserError(
             f"{folder} has files of another model or preprocessing ({other[0]} differs): delete it, or name another --output"
         )
-
-
-def _require_space(folder: Path, model: nn.Module) -> None:
-    """Raises `UserError` where the disk is too full for another file."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in source.model.state_dict().values())
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < SLACK * size:
         raise UserError(f"output {folder}: {free / 2**20:.0f} MB are free, {SLACK * size / 2**20:.0f} MB are needed")
+    return folder_record(source.common, known["files"])
 
 
 @dataclass(frozen=True)
