@@ -96,10 +96,9 @@ def export_model(
         try:
             file, entry = exporter.write(rows[name])
         except UserError as error:
-            failure = UserError(f"{name}: {error}")
             if on_failure is None:
-                raise failure from error
-            on_failure(name, failure)
+                raise
+            on_failure(name, error)
         else:
             record["files"][file] = entry
             _describe(folder, record)
@@ -216,6 +215,12 @@ class _Exporter:
 
     def write(self, target: Target) -> tuple[str, dict[str, Any]]:
         """Writes and proves a file. Returns its name and what the record says of it. Raises `UserError`, and leaves nothing then."""
+        try:
+            return self._placed(target)
+        except UserError as error:
+            raise UserError(f"{target.name}: {error}") from error
+
+    def _placed(self, target: Target) -> tuple[str, dict[str, Any]]:
         target.require()
         if self.options.precision not in target.precisions:
             raise UserError(f"it has no {self.options.precision}, expected {' or '.join(target.precisions)}")
