@@ -64,8 +64,7 @@ def export_model(
 ) -> dict[str, Any]:
     """Writes a model as files for several runtimes, with record, labels, preprocessing code and a README.
 
-    Each file is opened in a fresh process and compared with the model on photos before it gets its name. Other files of the same weights
-    and preprocessing stay.
+    Before a file gets its name, a fresh process opens it and is compared with the model on photos. Other files of the model stay.
 
     Args:
         model: What `effvit_zoo.create_model` takes, or a model of timm's on the CPU.
