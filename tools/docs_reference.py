@@ -52,7 +52,7 @@ def _help(parser: argparse.ArgumentParser) -> str:
 
 
 def exports() -> str:
-    """What results/export.json says of every kind of model in every export target: largest error and milliseconds, or why not."""
+    """What results/export.json says of models in export targets: the largest error and on how many images, or why there is none."""
     rows = json.loads(EXPORTS.read_text(encoding="utf-8"))
     targets = list(dict.fromkeys(row["target"] for row in rows))
     parts = []
@@ -71,7 +71,7 @@ def _export_cell(row: Mapping[str, Any] | None) -> str:
         return f"refused: {row['failed'].partition(': ')[2][:80]}"
     if "largest_error" not in row:
         return f"converted, rank {row['rank']}"
-    return f"{row['largest_error']:.0e}, {row['milliseconds']:.1f} ms"
+    return f"{row['largest_error']:.0e} ({row['images']})"
 
 
 def run_settings() -> str:

@@ -70,6 +70,7 @@ def model_info(record: Record) -> dict[str, str]:
         "reverse_input_channels": "YES",  # they read images as BGR
         "resize_type": "standard" if steps["crop_mode"] == "squash" else "crop",
         "output_raw_scores": "True",
+        "layout": f"{record['file']['input']['name']}:{record['file']['input']['layout']}",
     }
     if record["file"]["input"]["dtype"] == "float32":
         for key in ("mean", "std"):
