@@ -45,7 +45,8 @@ def convert(graph: Graph) -> Converted:
     an image for its input where pixels are asked for. Raises `UserError` for a graph with tensors of too high a rank."""
     from ._graph import quiet, with_ends
 
-    tools = need("coremltools", "coreml")
+    with quiet("coremltools"):  # importing it warns of what isn't there on this system
+        tools = need("coremltools", "coreml")
     is_classifier = len(set(graph.labels)) == len(graph.labels) > 0
     is_image = graph.takes_pixels
     graph = with_ends(graph, is_classifier)
