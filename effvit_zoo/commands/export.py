@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,15 @@ from ..export import TARGETS
 from ..report.rows import print_table
 from ._arguments import MODEL_HELP
 
-HELP = "write a model as files for other runtimes, compared with it on photos"
+HELP = "write a model as files for other runtimes, compared with it on photos, or as a page for browsers"
+PAGE = "web"
+"""What `--to` calls a page, which is a folder of its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {', '.join(TARGETS)}")
+    names = ", ".join((*TARGETS, PAGE))
+    parser.add_argument("--to", nargs="+", required=True, metavar="TARGET", help=f"one or more of {names}")
     parser.add_argument(
         "--output",
         type=Path,
@@ -44,11 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=positive, metavar="N", help="side length of the images (default: the model's)"
     )
+    parser.add_argument(
+        "--runtime",
+        type=Path,
+        metavar="FOLDER",
+        help="of a page: the npm package onnxruntime-web, unpacked (default: a public CDN)",
+    )
     parser.add_argument("--opset", type=positive, metavar="N", help="of ONNX files (default: the exporter's own)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Exports and prints a table. Raises `UserError`, after all targets were tried, where one failed."""
+    if PAGE in args.to:
+        _write_page(args)
+        return
+    if args.runtime is not None:
+        raise UserError(f"--runtime is for --to {PAGE}")
     from ..export.folder import export_model
 
     failed: list[str] = []
@@ -75,6 +90,34 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{record['folder']}: README.md says how to run each of them")
     if failed:
         raise UserError(f"{len(failed)} of {len(targets)} targets failed: {', '.join(failed)}")
+
+
+def _write_page(args: argparse.Namespace) -> None:
+    """Writes a page and says what it loads from where. Raises `UserError`."""
+    from ..export.page import export_page
+
+    if set(args.to) != {PAGE}:
+        raise UserError(
+            f"--to {PAGE} writes a folder of its own: expected no other targets beside it, got {' '.join(args.to)}"
+        )
+    if args.output is None:
+        raise UserError(f"--to {PAGE}: expected --output, the folder of the page")
+    if args.input != "tensor" or args.precision != "fp32" or args.img_size is not None or args.opset is not None:
+        raise UserError(f"--to {PAGE}: expected no --input, --precision, --img-size or --opset, as a page takes photos")
+    page = export_page(
+        args.model,
+        args.output,
+        runtime=args.runtime,
+        data=args.data,
+        pretrained=args.pretrained or None,
+        images=args.images,
+    )
+    runtime = page["runtime"]
+    place = "in the folder" if args.runtime is not None else f"loaded from {runtime['base']}"
+    print(f"{args.output}: a page of {page['architecture']}; ONNX Runtime Web {runtime['version']} is {place}")
+    print(
+        f"to see it: python -m http.server --directory {shlex.quote(str(args.output))}, or effzoo demo {shlex.quote(args.model)}"
+    )
 
 
 def _print(entries: list[dict[str, Any]]) -> None:

@@ -21,3 +21,4 @@ from .publish import public as public
 from .publish import pull as pull
 from .publish import push as push
 from .publish import require_pushable as require_pushable
+from .space import push_page as push_page
