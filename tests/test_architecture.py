@@ -41,6 +41,8 @@ TABLES = ["attention", "models", "data/roots", "tasks", "export", "pipelines", "
 EXCEPTIONS = {
     ("commands/train.py", "commands/config.py"): "the help of train lists the settings of config",
     ("export/folder.py", "export/parity.py"): "a folder holds what was proven",
+    ("export/page.py", "export/folder.py"): "a page holds an exported file",
+    ("export/page.py", "export/parity.py"): "its samples are of the images that the file was proven on",
     ("export/optimize.py", "export/deployed.py"): "the fastest form is a deployed model",
     ("export/optimize.py", "export/onednn.py"): "packed weights are one of the forms",
 }

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import hub
-from ..data import MODES, open_source, validation_transform
+from ..data import MODES, StreamSource, find_images, open_image, open_source, validation_transform
 from ..errors import UserError
 from ..models.tosa_vit import ToSAViT
 from ..run_folder import read_json, require_writable, write_json
@@ -36,7 +36,6 @@ ASSETS = Path(__file__).with_name("web")
 PAGE, RUNTIME = "page.json", "runtime"
 LARGEST = 24 * 2**20
 """Bytes of a file: some hosts of static pages refuse files of more than 25 MB."""
-SAMPLES = 2
 
 
 def export_page(
@@ -77,26 +76,40 @@ def export_page(
     with tempfile.TemporaryDirectory(prefix="effzoo-page-") as place:
         writing = Path(place) / "page"
         record = export_model(shown or net, ["onnx"], writing, data=data, input="pixels", images=images)
-        if record["task"] != "classification":
-            raise UserError(f"a page shows classes, the model is for {record['task']}")
-        if record["files"]["model.onnx"]["batch"][0] != 1:
-            raise UserError(
-                f"a page runs one image at a time, the model takes {record['files']['model.onnx']['batch']}"
-            )
-        content = _fill(writing, net, record, data, title) | {"runtime": packaged}
+        _require_fit(record)
+        content = _fill(writing, net, record, data, title)
+        content["runtime"] = {**packaged, "base": f"{RUNTIME}/"} if runtime_files else packaged
         if shown is not None:
             content["tokens"] = shown.tokens()
-        if runtime_files:
-            content["runtime"] = {**packaged, "base": f"{RUNTIME}/"}
-            (writing / RUNTIME).mkdir()
-            for name, source in runtime_files.items():
-                shutil.copy(source, writing / RUNTIME / name)
+        for name, source in runtime_files.items():
+            (writing / RUNTIME).mkdir(exist_ok=True)
+            shutil.copy(source, writing / RUNTIME / name)
         write_json(writing / PAGE, content)
+        _put(writing, folder)
+    return content
+
+
+def _require_fit(record: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a model whose outputs a page can't show."""
+    if record["task"] != "classification":
+        raise UserError(f"a page shows classes, the model is for {record['task']}")
+    fewest, most = record["files"]["model.onnx"]["batch"]
+    if fewest != 1:
+        raise UserError(f"a page runs one image at a time, the model takes {fewest} to {most}")
+
+
+def _put(writing: Path, folder: Path) -> None:
+    """Puts a finished page in the place of an earlier one, which stays if the disk is full."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        shutil.copytree(writing, beside)
         if folder.exists():
             shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(writing, folder)
-    return content
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 class _WithTokens(ToSAViT):
@@ -197,14 +210,24 @@ def _samples(folder: Path, model: Any, record: Mapping[str, Any], data: str | No
     """Writes sample images; their names and the model's logits for them."""
     steps = {key: tuple(value) if isinstance(value, list) else value for key, value in record["preprocessing"].items()}
     transform = validation_transform(steps)
-    source = open_source(data or EMBEDDED, img_mode=MODES[steps["input_size"][0]])
     found = []
-    for number, index in enumerate((0, len(source) - 1)[:SAMPLES]):
-        image: Image.Image = source.load(index)[0]
+    for number, image in enumerate(_sample_images(data, MODES[steps["input_size"][0]])):
         name = f"sample-{number}.png"
         image.save(folder / name)
         found.append({"file": name, "logits": model(transform(image)[None])[0].tolist()})
     return found
+
+
+def _sample_images(data: str | None, mode: str) -> list[Image.Image]:
+    """The first and the last image of the data; of the embedded images where there is none, or where it is a stream."""
+    try:
+        source = open_source(data or EMBEDDED, img_mode=mode)
+    except UserError:  # a folder of images without classes
+        paths = [*find_images([data or EMBEDDED])]
+        return [open_image(path, mode=mode) for path in (paths[0], paths[-1])]
+    if isinstance(source, StreamSource):
+        return _sample_images(None, mode)
+    return [source.load(index)[0] for index in (0, len(source) - 1)]
 
 
 def _tall_first() -> bool:
