@@ -263,9 +263,8 @@ def test_settings_exist(page, tmp_path):
     known = {row.key for row in settings(RunConfig)} | {ALLOW_IMAGES}
     text = PAGES[page].read_text(encoding="utf-8")
     heads = "|".join(sections(RunConfig))
-    for key in re.findall(
-        rf"[`\s']((?:{heads})\.(?!py\b|json\b|safetensors\b|onnx\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text
-    ):
+    files = "|".join(["py", "json", "safetensors", *(row.suffix[1:] for row in TARGETS.values())])
+    for key in re.findall(rf"[`\s']((?:{heads})\.(?!(?:{files})\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
         if block.language == "yaml" and not block.title:
