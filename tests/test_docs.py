@@ -263,7 +263,14 @@ def test_settings_exist(page, tmp_path):
     known = {row.key for row in settings(RunConfig)} | {ALLOW_IMAGES}
     text = PAGES[page].read_text(encoding="utf-8")
     heads = "|".join(sections(RunConfig))
-    files = "|".join(["py", "json", "safetensors", *(row.suffix[1:] for row in TARGETS.values())])
+    files = "|".join(
+        [
+            "py",
+            "json",
+            "safetensors",
+            *(suffix[1:] for row in TARGETS.values() for suffix in (row.suffix, *row.companions)),
+        ]
+    )
     for key in re.findall(rf"[`\s']((?:{heads})\.(?!(?:{files})\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
