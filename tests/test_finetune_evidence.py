@@ -64,6 +64,12 @@ def test_differences_are_of_the_same_images_and_seeds(evidence):
     assert evidence.difference(ours[:1], theirs[:1]) is None
 
 
+def test_sizes_of_a_data_set_are_no_independent_evidence(evidence):
+    one = evidence.Difference(2.0, 1.0, 0.5)
+    assert evidence.pooled({("a", 10): one, ("a", 40): one}) == pytest.approx((2.0, 1.0, 0.5))
+    assert evidence.pooled({("a", 10): one, ("b", 10): one, ("c", 10): None}) == pytest.approx((2.0, 0.5**0.5, 0.5))
+
+
 def test_a_checkout_without_the_config_is_refused(evidence, tmp_path):
     with pytest.raises(UserError, match="expected NAME=FOLDER"):
         evidence.tree_of(f"new={tmp_path}")

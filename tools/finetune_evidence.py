@@ -78,6 +78,20 @@ class Answered(NamedTuple):
     figures: Row
 
 
+class Difference(NamedTuple):
+    """What a way has more than another.
+
+    Attributes:
+        points: Of top-1, in percent.
+        error: Standard error of `points`.
+        share: Its seconds of the processor over the other's.
+    """
+
+    points: float
+    error: float
+    share: float
+
+
 def baseline(way: str, case: Case, args: argparse.Namespace) -> Answered:
     """Runs tools/finetune_baselines.py."""
     output = args.runs / "answers.json"
@@ -226,41 +240,39 @@ def way_name(way: str, args: argparse.Namespace) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} holds a line that is no JSON: {error}") from None
 
 
 def table(args: argparse.Namespace) -> None:
     """Prints means over seeds, then what the last way named has more than each other one, on the same images."""
-    rows = read(args.results)
+    rows = [row for row in read(args.results) if row["judged_on"] == args.judge]
     if not rows:
-        raise UserError(f"{args.results} holds no rows, expected those of `run`")
-    groups: dict[tuple[str, int], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        groups[row["data"], row["size"]][row["way"]].append(row)
+        raise UserError(f"{args.results} holds no rows judged on {args.judge} images, expected those of `run`")
     ways = args.ways or list(dict.fromkeys(row["way"] for row in rows))
-    head = ["data", "a class", *ways]
-    cells = [
-        [data, str(size), *(mean_cell(group.get(way, [])) for way in ways)]
-        for (data, size), group in sorted(groups.items())
-    ]
+    groups: dict[tuple[str, int], dict[str, list[Row]]] = defaultdict(lambda: {way: [] for way in ways})
+    for row in sorted(rows, key=lambda row: (row["data"], row["size"])):
+        groups[row["data"], row["size"]].setdefault(row["way"], []).append(row)
     print("top-1 in percent, mean over seeds (macro-F1; seconds of the processor; seeds)")
-    print_table(head, cells, right=range(1, len(head)))
-    last = ways[-1]
+    cells = [[data, str(size), *(mean_cell(group[way]) for way in ways)] for (data, size), group in groups.items()]
+    print_table(["data", "a class", *ways], cells, right=range(1, len(ways) + 2))
+    *others, last = ways
+    if not others:
+        return
     print(
-        f"\n{last} minus the others in points of top-1 on the same images and seeds, +- standard error; share of their seconds"
+        f"\n{last} minus each other way, in points of top-1 on the same images, +- standard error (share of its seconds)"
     )
-    compared: list[list[str]] = []
-    overall: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for (data, size), group in sorted(groups.items()):
-        line = [data, str(size)]
-        for way in ways[:-1]:
-            found = difference(group.get(last, []), group.get(way, []))
-            if found is not None:
-                overall[way].append(found)
-            line.append(difference_cell(found))
-        compared.append(line)
-    compared.append(["mean", "", *(difference_cell(pooled(overall[way])) for way in ways[:-1])])
-    print_table(head[:-1], compared, right=range(1, len(head) - 1))
+    found = {case: [difference(group[last], group[way]) for way in others] for case, group in groups.items()}
+    lines = [[data, str(size), *map(difference_cell, found[data, size])] for data, size in groups]
+    means = [pooled({case: found[case][index] for case in groups}) for index in range(len(others))]
+    print_table(
+        ["data", "a class", *others],
+        [*lines, ["mean", "", *map(difference_cell, means)]],
+        right=range(1, len(ways) + 1),
+    )
 
 
 def mean_cell(rows: Sequence[Row]) -> str:
@@ -270,7 +282,7 @@ def mean_cell(rows: Sequence[Row]) -> str:
     return f"{top1:.1f} ({f1:.1f}; {seconds:.0f} s; {len(rows)})"
 
 
-def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[float, float, float] | None:
+def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Difference | None:
     """Mean difference in points over the seeds that both have, its standard error over images, and the ratio of seconds.
 
     Each image's difference is its mean over seeds, since the seeds are judged on the same images.
@@ -284,20 +296,28 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[float, float
     ]
     per_image = [fmean(values) for values in zip(*per_seed, strict=True)]
     seconds = [fmean(rows[seed]["cpu_seconds"] for seed in seeds) for rows in (mine, other)]
-    return 100 * fmean(per_image), 100 * stdev(per_image) / math.sqrt(len(per_image)), seconds[0] / seconds[1]
+    error = stdev(per_image) / math.sqrt(len(per_image))
+    return Difference(100 * fmean(per_image), 100 * error, seconds[0] / seconds[1])
 
 
-def pooled(differences: Sequence[tuple[float, float, float]]) -> tuple[float, float, float] | None:
-    """The mean over data sets and sizes, each counting once: of differences, with its standard error, and of ratios (geometric)."""
-    if not differences:
+def pooled(differences: Mapping[tuple[str, int], Difference | None]) -> Difference | None:
+    """The mean over data sets and sizes, each of which counts once; of the shares of seconds the geometric mean.
+
+    All sizes of a data set are judged on the same images, so their errors are added as if they went together.
+    """
+    found = {case: one for case, one in differences.items() if one is not None}
+    if not found:
         return None
-    means, errors, ratios = zip(*differences, strict=True)
-    error = math.sqrt(sum(value**2 for value in errors)) / len(errors)
-    return fmean(means), error, math.exp(fmean(map(math.log, ratios)))
+    errors: dict[str, float] = defaultdict(float)
+    for (data, _), one in found.items():
+        errors[data] += one.error
+    error = math.hypot(*errors.values()) / len(found)
+    share = math.exp(fmean(math.log(one.share) for one in found.values()))
+    return Difference(fmean(one.points for one in found.values()), error, share)
 
 
-def difference_cell(found: tuple[float, float, float] | None) -> str:
-    return "-" if found is None else f"{found[0]:+.1f} +- {found[1]:.1f} (x {found[2]:.2f})"
+def difference_cell(found: Difference | None) -> str:
+    return "-" if found is None else f"{found.points:+.1f} +- {found.error:.1f} (x {found.share:.2f})"
 
 
 def main() -> None:
@@ -312,11 +332,11 @@ def main() -> None:
     running.add_argument(
         "--set", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="settings of the checkouts' runs"
     )
-    running.add_argument("--judge", choices=("test", "spare"), default="test", help="images judged on (default: test)")
     running.add_argument("--limit", type=whole(1), metavar="N", help="end after N new rows")
     running.add_argument("--runs", type=Path, default=Path("runs/finetune"), help="run folders (default: %(default)s)")
     for command in (running, commands.add_parser("table", help="print what the rows say")):
         command.add_argument("--ways", nargs="+", metavar="WAY", help="in this order (default: all)")
+        command.add_argument("--judge", choices=("test", "spare"), default="test", help="images (default: test)")
         command.add_argument("--results", type=Path, default=RESULTS, help="(default: results/finetune.jsonl)")
     args = parser.parse_args()
     {"run": run, "table": table}[args.command](args)
