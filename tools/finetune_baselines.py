@@ -65,12 +65,20 @@ def probe(args: argparse.Namespace) -> Classifier:
 
 
 def fastai(args: argparse.Namespace) -> Classifier:
-    """fastai's `vision_learner(...).fine_tune(epochs)`: batches of 64, `aug_transforms`, its head, one frozen epoch, the last weights."""
+    """fastai's `vision_learner(...).fine_tune(epochs)`: `aug_transforms`, its head, one frozen epoch, the last weights.
+
+    Its default is batches of 64, of which an incomplete one is dropped: 70 images are one step an epoch.
+    """
     from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, set_seed, vision_learner
 
     set_seed(args.seed, reproducible=True)
     # num_workers=0: all is done, and counted, in this process
-    options = {"item_tfms": Resize(args.img_size), "batch_tfms": aug_transforms(), "num_workers": 0}
+    options = {
+        "item_tfms": Resize(args.img_size),
+        "batch_tfms": aug_transforms(),
+        "num_workers": 0,
+        "bs": args.batch_size,
+    }
     data = ImageDataLoaders.from_folder(args.data, train="train", valid="val", **options)
     learner = vision_learner(data, f"local-dir:{args.model}")
     with learner.no_bar():
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="folder with CLASS/*")
     parser.add_argument("--img-size", type=int, default=224, metavar="PIXELS", help="(default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="of fastai after the frozen one (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="of fastai (default: %(default)s, as fastai's)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()

@@ -5,9 +5,9 @@
     python tools/finetune_evidence.py table
 
 tools/finetune_data.py makes the data. Ways are `probe`, `fastai-8` and `fastai-20` (tools/finetune_baselines.py, by the interpreter that
---baselines names) and, for each checkout of this repository that --tree names, `effzoo train --config finetune` of that checkout. What a
-run chooses, its best epoch say, it chooses on its validation images; the row is of the test images. All computing is done in one
-process on one thread. Compare seconds of the processor, which other work on the machine hardly changes.
+--baselines names; by name also `fastai-20-batch-16`) and, for each checkout of this repository that --tree names, `effzoo train --config
+finetune` of that checkout. What a run chooses, its best epoch say, it chooses on its validation images; the row is of the test images.
+All computing is done in one process on one thread. Compare seconds of the processor, which other work on the machine hardly changes.
 
 A row is appended to the results file at once, and a repeated command does what is missing. With `--judge spare` and a results file of
 its own, settings (--set) are compared on images that are neither trained on nor tested.
@@ -40,7 +40,13 @@ from effvit_zoo.tasks._scores import macro_f1, wilson_interval
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "which way of fine-tuning on few images answers best, in what time"
 RESULTS = ROOT / "results" / "finetune.jsonl"
-BASELINES = {"probe": ["probe"], "fastai-8": ["fastai", "--epochs", "8"], "fastai-20": ["fastai", "--epochs", "20"]}
+BASELINES = {
+    "probe": ["probe"],
+    "fastai-8": ["fastai", "--epochs", "8"],
+    "fastai-20": ["fastai", "--epochs", "20"],
+    "fastai-20-batch-16": ["fastai", "--epochs", "20", "--batch-size", "16"],  # as one who knows would for few images
+}
+DEFAULT_WAYS = ("probe", "fastai-8", "fastai-20")
 IMG_SIZES = {"emoji": 128, "stamps": 128, "fashion": 96}
 """Pixels that the network sees: few, so that three seeds of all are feasible on a processor."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -183,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     args.data, args.runs, args.results = args.data.resolve(), args.runs.resolve(), args.results.resolve()
     args.runs.mkdir(parents=True, exist_ok=True)
     args.tree = dict(tree_of(text) for text in args.tree)
-    ways = args.ways or [*BASELINES, *args.tree]
+    ways = args.ways or [*DEFAULT_WAYS, *args.tree]
     for way in ways:
         if way not in BASELINES and way not in args.tree:
             raise unknown_choice("way", way, [*BASELINES, *args.tree])
