@@ -263,7 +263,8 @@ def table(args: argparse.Namespace) -> None:
     for row in sorted(rows, key=lambda row: (row["data"], row["size"])):
         groups[row["data"], row["size"]].setdefault(row["way"], []).append(row)
     for group in groups.values():
-        shared = set.intersection(*({row["seed"] for row in group[way]} for way in ways if group[way]))
+        seeds = [{row["seed"] for row in group[way]} for way in ways if group[way]]
+        shared = set.intersection(*seeds) if seeds else set()
         group |= {way: [row for row in group[way] if row["seed"] in shared] for way in ways}
     print("top-1 in percent, mean over the seeds that all ways have (macro-F1; seconds of the processor; seeds)")
     cells = [[data, str(size), *(mean_cell(group[way]) for way in ways)] for (data, size), group in groups.items()]
