@@ -33,7 +33,7 @@ TRAINING = {
     "unknown section": (["trian.epochs=3"], "unknown config key 'trian': did you mean 'train'?"),
     "unknown key": (["optim.learning_rate=1"], "unknown config key 'optim.learning_rate'"),
     "words for a number": (["train.epochs=many"], "config key train.epochs: got 'many', expected int"),
-    "a number for a switch": (["task.class_weights=3"], "config key task.class_weights: got 3, expected true or false"),
+    "a number for a switch": (["task.class_weights=3"], "config key task.class_weights: got 3, expected true, false or null"),
     "no epochs": (["train.epochs=0"], "train.epochs: got 0, expected int >= 1"),
     "negative batch": (["train.batch_size=-4"], "train.batch_size: got -4, expected int >= 1"),
     "negative rate": (["optim.lr=-1"], "optim.lr: got -1, expected float > 0"),

@@ -51,7 +51,7 @@ def test_the_help_of_train_lists_all_settings(capsys):
 def test_train_keeps_freed_memory_for_the_process(monkeypatch):
     set_up = []
     monkeypatch.setattr("effvit_zoo.measure.allocator.keep_freed_memory", lambda: set_up.append(True))
-    monkeypatch.setattr(training, "_train", lambda args: None)
+    monkeypatch.setattr(training, "_train", lambda args, started: None)
     train.main(["--config", "quickstart"])
     assert set_up == [True]
 

@@ -231,7 +231,9 @@ def smaller(arguments):
             return [*arguments, "--set", *PIPELINE, *(() if "dense=null" in arguments else DENSE)]
         if config.endswith("probe.yaml"):
             return arguments
-        data = () if any(word.startswith("data.root=") for word in arguments) else ("data.root=photos",)
+        names_images = len(arguments) > 1 and not arguments[1].startswith("-")
+        is_given = names_images or any(word.startswith("data.root=") for word in arguments)
+        data = () if is_given else ("data.root=photos",)
         sizes = ["augment.sizes=[32, 64]"] if any(word.startswith("augment.sizes=") for word in arguments) else []
         return [*arguments, "--set", *RUN, *sizes, *data]
     if arguments[:1] == ["validate"] and "--data" not in arguments:

@@ -200,7 +200,7 @@ def test_official_training_checkpoint_from_its_url(tmp_path):
 
 
 def test_weights_are_where_they_are_published():
-    names = {f"effzoo_edgenext_{v}" for v in ("xx_small", "x_small", "small", "base")}
+    names = {f"effzoo_edgenext_{v}" for v in ("nano64", "xx_small", "x_small", "small", "base")}
     names |= {f"effzoo_edgenext_{v}_bn_hs" for v in ("xx_small", "x_small", "small")}
     assert set(timm.list_models("effzoo_edgenext*")) == names
     tags = timm.list_models("effzoo_edgenext*", pretrained=True)

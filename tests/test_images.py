@@ -186,6 +186,13 @@ def test_bad_files(tmp_path):
         open_image(io.BytesIO(b"x"), name="member 7")
 
 
+def test_a_damaged_file_of_a_format_that_is_read_is_not_blamed_on_a_missing_plugin(tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.avif")
+    (tmp_path / "a.avif").write_bytes((tmp_path / "a.avif").read_bytes()[:60])
+    with pytest.raises(BadImage, match="damaged AVIF"):
+        open_image(tmp_path / "a.avif")
+
+
 def test_bad_image_goes_through_pickle():
     error = pickle.loads(pickle.dumps(BadImage("a.jpg", "cut")))
     assert (error.name, error.reason, str(error)) == ("a.jpg", "cut", "cannot read image a.jpg: cut")

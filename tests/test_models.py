@@ -14,7 +14,7 @@ import timm
 import torch
 from reference import calibrate_batch_norm, centred_error, randomise, relative_error
 from safetensors.torch import save_file
-from timm.layers import set_scriptable
+from timm.layers import DropPath, set_scriptable
 from timm.models import group_parameters, reparameterize_model
 from timm.models._features_fx import create_feature_extractor
 from torch import nn
@@ -78,8 +78,10 @@ def filter_fn(model):
 
 
 def kind(model):
-    """What a model is made of behind its patches, whatever its size."""
-    return frozenset(type(m) for name, m in model.named_modules() if not name.startswith("patch_embed"))
+    """What a model is made of behind its patches, whatever its size and stochastic depth."""
+    return frozenset(
+        type(m) for name, m in model.named_modules() if not name.startswith("patch_embed") and type(m) is not DropPath
+    )
 
 
 # every model, on the meta device

@@ -151,6 +151,20 @@ def test_each_validation_sample_once(roots, processes, workers):
     assert len({len(share) for share in shares}) == 1
 
 
+def test_training_samples_without_augmentation(roots):
+    """All of them or some, and always the same ones."""
+
+    def plain(processes, workers, most):
+        feed = make_feed(*roots["info"], processes, workers)
+        return flat(flat(colours(feed.plain_batches(process, most)) for process in range(processes)))
+
+    for processes, workers in ((1, 0), (2, 2)):
+        assert sorted(plain(processes, workers, 100)) == TRAIN
+        some = plain(processes, workers, 10)
+        assert len({*some} & {*TRAIN}) == len(some) == 10
+        assert some == plain(processes, workers, 10)
+
+
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2), (3, 2)])
 @pytest.mark.parametrize("kind", ["counted", "parquet", "prepared", "lengths unknown", "files of their own"])
 def test_each_sample_once_in_every_kind_of_stream(roots, kind, processes, workers):
@@ -305,6 +319,8 @@ def test_timm_shares_what_has_no_lengths(tmp_path, workers):
     assert [len(batch) for batch in whole] == [4] * 8
     assert sorted(flat(whole[:4])) == sorted(flat(whole[4:])) == list(range(16))
     assert sorted(flat(colours(feed.val_batches(0)))) == list(range(16, 21))
+    assert sorted(flat(colours(feed.plain_batches(0, 100)))) == list(range(16))
+    assert len(flat(colours(feed.plain_batches(0, 8)))) == 8
     again = make_feed(f"wds/pipe:cat {folder}", "train-{0..3}.tar|16", "validation-{0..1}.tar", workers=workers)
     assert colours(again.train_batches(0, 3, 4)) == whole[3:4]
 

@@ -48,6 +48,8 @@ SAVING = {
     "JPEG": lambda rng: {"progressive": rng.random() < 0.5},
 }
 ANSWER = re.compile(r"(skipped: |error: |note: |warning: |\d+ (images|files) )")
+LIBTIFF = re.compile(r"(?!\w*(Error|Warning|Exception):)(\w+: |tempfile\.tif: )*([A-Z][^:]*\.$|(?=skipped: ))")
+"""What libtiff prints from C, which Pillow doesn't pass on, alone on its line or in front of ours: counted apart."""
 SLOW = 10.0  # seconds that reading one file may take
 
 
@@ -120,14 +122,17 @@ def run(command: list[str], faults: Counter[str]) -> None:
         [sys.executable, "-m", "effvit_zoo", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    wrong = [line for line in lines if not ANSWER.match(line) and "%|" not in line and "it/s" not in line]
+    others = [line for line in lines if not ANSWER.match(line) and "%|" not in line and "it/s" not in line]
+    wrong = [line for line in others if not LIBTIFF.match(line)]
     for line in wrong:
         faults[f"{command[0]}: {line[:160]}"] += 1
     if done.returncode not in (0, 2):
         faults[f"{command[0]}: exit code {done.returncode}"] += 1
     seconds = time.perf_counter() - started
     print(
-        f"{command[0]}: exit {done.returncode}, {seconds:.0f} s, {len(wrong)} of {len(lines)} lines wrong", flush=True
+        f"{command[0]}: exit {done.returncode}, {seconds:.0f} s, {len(wrong)} of {len(lines)} lines wrong, "
+        f"{len(others) - len(wrong)} are libtiff's own",
+        flush=True,
     )
 
 

@@ -17,7 +17,7 @@ SHELLS = ("bash", "zsh")
 CONFIGS = Path(__file__).parent.parent / "configs"
 KINDS = {"like": "model", "filter": "model"}
 """Destination of an argument -> kind of name it takes, where the two differ."""
-FOLDERS = ("FOLDER", "DIR")
+FOLDERS = ("FOLDER", "DIR", "IMAGES")
 """Metavars of arguments that name folders; other paths are files."""
 
 

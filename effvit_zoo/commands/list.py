@@ -37,6 +37,7 @@ LARGEST = 10_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "The sizes pico and nano64 are this package's own; no paper has them."
     parser.add_argument(
         "filter", nargs="*", metavar="FILTER", help="part of a name, or a pattern with * and ?; all must match"
     )

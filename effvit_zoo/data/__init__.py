@@ -1,5 +1,6 @@
 """From files to batches: roots, sources, splits, the order of samples, loaders."""
 
+from .cache import with_cache as with_cache
 from .changes import Listing as Listing
 from .changes import changes as changes
 from .changes import listing as listing

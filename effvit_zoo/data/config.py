@@ -34,6 +34,9 @@ class DataConfig:
     """Share of the resized image's side that validation crops from its center; null for the value that belongs to the model."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Number of loader processes; null for one per available core, at most 8."""
+    cache: bool | Annotated[int, Field(ge=1)] | None = None
+    """Decoded images are kept in memory: null where all of them fit into 2 GB and a quarter of the free memory, true for as many as do,
+    false for none, or as many as fit into so many megabytes."""
     on_bad_file: Literal["skip", "raise"] = "skip"
     """Handling of unreadable files; `skip` reports each once, trains on its neighbour instead and leaves it out of validation."""
     check_duplicates: bool | None = None

@@ -92,7 +92,13 @@ def sniff(head: bytes) -> str | None:
     """What a file is that Pillow does not identify, from its first bytes; None where they don't tell."""
     if head[4:8] == b"ftyp":
         kind = _BRANDS.get(head[8:12])
-        return needs_plugin(kind) if kind else "video"
+        return _unidentified(kind) if kind else "video"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return needs_plugin("JPEG XL")
+        return _unidentified("JPEG XL")
     return None
+
+
+def _unidentified(kind: str) -> str:
+    """Why Pillow does not identify a file that begins like this format."""
+    is_read = any(_PLUGIN_SUFFIXES.get(suffix) == kind for suffix in IMAGE_SUFFIXES)
+    return f"damaged {kind}" if is_read else needs_plugin(kind)

@@ -70,6 +70,14 @@ class Source(Protocol):
             return None
 
 
+class Cache(Protocol):
+    """Decoded images by row; see cache.py."""
+
+    def get(self, row: int) -> Image.Image | None: ...
+
+    def put(self, row: int, image: Image.Image) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSource(Source):
     """Images with one class each. Arrays throughout, so that forked loader workers share memory.
@@ -83,6 +91,7 @@ class ImageSource(Source):
         img_mode: "RGB" or "L".
         rows: (N,) int64, row in `data` of each image; None when this is all of it.
         notes: As in `Source`.
+        cache: Decoded images by row; None for none.
     """
 
     title: str
@@ -92,6 +101,7 @@ class ImageSource(Source):
     img_mode: str = "RGB"
     rows: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    cache: Cache | None = None
 
     @property
     def ranked_by_name(self) -> bool:
@@ -106,8 +116,18 @@ class ImageSource(Source):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         row = self._row(index)
-        with decoding(partial(self.name, index)):  # the name of a row of a table is in the table
-            return decode(self.data[row], self.img_mode), self.target(index)
+        image = None if self.cache is None else self.cache.get(row)
+        if image is None:
+            with decoding(partial(self.name, index)):  # the name of a row of a table is in the table
+                image = decode(self.data[row], self.img_mode)
+            if self.cache is not None:
+                self.cache.put(row, image)
+        return image, self.target(index)
+
+    def item(self, index: int) -> Any:
+        """An image as `data` has it, without its target."""
+        item = self.data[self._row(index)]
+        return item[0] if isinstance(item, tuple) else item
 
     def name(self, index: int) -> str:
         row = self._row(index)

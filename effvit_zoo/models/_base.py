@@ -376,6 +376,18 @@ def imagenet_cfg(*, license: str, origin_url: str, paper_name: str, paper_ids: s
     }
 
 
+NANO64: Dict[str, Any] = {"input_size": (3, 64, 64), "pool_size": (2, 2), "crop_pct": 1.0, "num_classes": 10}
+"""What the configs of the size `nano64` have in common.
+
+`nano64` is this package's own size, in no paper: one model of every kind with about 0.8 M parameters and 54 M multiply-accumulates for
+an image of 64 pixels (within 15 %), so that kinds can be compared, exported and quantised with weights that a CPU trains in half an hour.
+The isotropic ones see 64 patches of 8 pixels. The hierarchical ones have fewer blocks than the smallest of their papers, and channels that
+grow less from stage to stage, because the later maps of so small an image have few pixels: at equal cost, narrow early stages behind a
+stem of half the stride learned less (SwiftFormer: 82.1 against 86.5 % of 4,000 held-out training images of Fashion-MNIST after 2 epochs of
+8,192, one trial each). The name carries the image size because "nano" alone is taken: the Conv2Former-N of the paper has 15 M parameters.
+"""
+
+
 def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """The tensors of a training checkpoint that nests them (averaged weights first), or the dict itself."""
     for key in ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model"):

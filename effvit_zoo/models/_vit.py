@@ -1,7 +1,7 @@
 """The isotropic vision transformer of all plain ViT families: timm's, with a mixer per block, a stem for small images, and sizes.
 
 DeiT's shapes: arXiv:2012.12877, https://github.com/facebookresearch/deit (Apache-2.0). timm's `VisionTransformer` (Apache-2.0) does the
-rest. Deliberate difference: the size `pico`, see `isotropic_vit`.
+rest. Deliberate differences: the sizes `pico`, see `isotropic_vit`, and `nano64`, see `NANO64`.
 
 Layout: tokens (B, N, C), prefix tokens first, then patches in row-major order.
 """
@@ -19,7 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from ..attention import TokenMixer
-from ._base import imagenet_cfg, started
+from ._base import NANO64, imagenet_cfg, started
 from ._fold import fold_output_affine
 from ._swap import SHARED, mixers_by_block, place_tokens
 
@@ -28,26 +28,30 @@ ViTT = TypeVar("ViTT", bound="IsotropicViT")
 
 
 class ConvStem(nn.Sequential):
-    """Two 3x3 convolutions of stride 2, LayerNorm over the channels and GELU between them: (B, in_chans, H, W) -> (B, dim, H / 4, W / 4).
+    """Overlapping patches in two steps, P pixels wide in all: (B, in_chans, H, W) -> (B, dim, H / P, W / P).
 
-    Not BatchNorm: a training step must not depend on how its images are distributed over processes.
+    A convolution of stride P / 2 to 2 / P of the channels, LayerNorm over them, GELU, and a 3x3 convolution of stride 2. Not BatchNorm: a
+    training step must not depend on how its images are distributed over processes.
     """
 
-    def __init__(self, in_chans: int, dim: int, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, patch_size: int = 4, bias: bool = True, device=None, dtype=None
+    ) -> None:
         dd = {"device": device, "dtype": dtype}
+        hidden, stride = 2 * dim // patch_size, patch_size // 2
         super().__init__(
-            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
-            LayerNorm2d(dim // 2, eps=1e-6, **dd),
+            nn.Conv2d(in_chans, hidden, 2 * stride - 1, stride=stride, padding=stride - 1, **dd),
+            LayerNorm2d(hidden, eps=1e-6, **dd),
             nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1, bias=bias, **dd),
+            nn.Conv2d(hidden, dim, 3, stride=2, padding=1, bias=bias, **dd),
         )
 
 
 class ConvPatchEmbed(PatchEmbed):
-    """timm's patch embedding with a `ConvStem` as its projection; patches are 4 x 4.
+    """timm's patch embedding with a `ConvStem` as its projection; patches are 4 x 4 or 8 x 8.
 
     Raises:
-        ValueError: On another patch size.
+        ValueError: On another patch size, or a change of it.
     """
 
     def __init__(
@@ -65,10 +69,14 @@ class ConvPatchEmbed(PatchEmbed):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        _check_patch_size(patch_size)
+        height, width = to_2tuple(patch_size)
+        if height != width or height not in (4, 8):
+            raise ValueError(
+                f"the convolutional stem makes patches of 4 x 4 or 8 x 8 pixels, got patch_size={patch_size}"
+            )
         super().__init__(
             img_size=img_size,
-            patch_size=4,
+            patch_size=height,
             in_chans=in_chans,
             embed_dim=embed_dim,
             norm_layer=norm_layer,
@@ -78,7 +86,7 @@ class ConvPatchEmbed(PatchEmbed):
             dynamic_img_pad=dynamic_img_pad,
             **dd,
         )
-        self.proj = ConvStem(in_chans, embed_dim, bias=bias, **dd)  # type: ignore[assignment]
+        self.proj = ConvStem(in_chans, embed_dim, height, bias=bias, **dd)  # type: ignore[assignment]
 
     def set_input_size(
         self,
@@ -86,13 +94,9 @@ class ConvPatchEmbed(PatchEmbed):
         patch_size: Union[int, Tuple[int, int], None] = None,
     ) -> None:
         """Changes the image size, in pixels; the patches stay."""
-        _check_patch_size(4 if patch_size is None else patch_size)
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f"the convolutional stem has patch_size={self.patch_size}, it can't become {patch_size}")
         super().set_input_size(img_size=img_size)
-
-
-def _check_patch_size(patch_size: Union[int, Tuple[int, int]]) -> None:
-    if to_2tuple(patch_size) != (4, 4):
-        raise ValueError(f"the convolutional stem makes patches of 4 x 4 pixels, got patch_size={patch_size}")
 
 
 class IsotropicBlock(Block):
@@ -204,10 +208,26 @@ SIZES: Dict[str, Dict[str, Any]] = {
         "mlp_ratio": 2.0,
         "weight_init": "jax",
     },
+    "nano64": {
+        "patch_size": 8,
+        "embed_layer": ConvPatchEmbed,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "weight_init": "jax",
+    },
     "tiny": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
 }
+
+
+_OWN_CFGS: Dict[str, Dict[str, Any]] = {
+    "pico": {"first_conv": "patch_embed.proj.0", "input_size": (3, 32, 32), "crop_pct": 1.0},
+    "nano64": {"first_conv": "patch_embed.proj.0", **NANO64},
+}
+"""Size in no paper -> what its config has of its own."""
 
 
 def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str, Dict[str, Any]]:
@@ -220,12 +240,13 @@ def vit_cfgs(name: str, size: str, deit_weights: bool, **paper: str) -> Dict[str
         paper: origin_url, paper_name, paper_ids.
     """
     overrides: Dict[str, Any] = {"first_conv": "patch_embed.proj", **paper}
-    if size == "pico":
-        overrides |= {"first_conv": "patch_embed.proj.0", "input_size": (3, 32, 32), "crop_pct": 1.0}
+    if size in _OWN_CFGS:
+        overrides |= _OWN_CFGS[size]
     elif deit_weights:
         name += ".fb_in1k"
         overrides["hf_hub_id"] = f"timm/deit_{size}_patch16_224.fb_in1k"
-    cfg = imagenet_cfg(pool_size=None, fixed_input_size=True, classifier="head", license="apache-2.0", **overrides)
+    overrides |= {"pool_size": None, "fixed_input_size": True}
+    cfg = imagenet_cfg(classifier="head", license="apache-2.0", **overrides)
     return {name: cfg}
 
 
@@ -269,5 +290,5 @@ def register_vit(
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = module
-    create.__doc__ = f"ViT-{size} with {mechanism}."
+    create.__doc__ = f"ViT-{size} with {mechanism}." + (" The size is not in the paper." if size in _OWN_CFGS else "")
     setattr(sys.modules[module], name, register_model(create))

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..attention.multiscale_linear import MultiScaleLinearAttention
 from ..errors import unknown_choice_text
-from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._base import NANO64, HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
 from ._fold import fold_norm_after
 
 __all__ = ["EfficientViT"]
@@ -436,7 +436,19 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return renamed
 
 
-def _cfg(variant: str, size: int) -> Dict[str, Any]:
+def _cfg(**overrides: Any) -> Dict[str, Any]:
+    return imagenet_cfg(
+        first_conv="stem.in_conv.conv",
+        classifier="head.classifier.4",
+        license="apache-2.0",
+        origin_url="https://github.com/mit-han-lab/efficientvit",
+        paper_name="EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction",
+        paper_ids="arXiv:2205.14756",
+        **overrides,
+    )
+
+
+def _weights_cfg(variant: str, size: int) -> Dict[str, Any]:
     """ImageNet-1k weights of one size, from timm's copy on the Hub or else from the authors'."""
     name = f"efficientvit_{variant}"
     overrides: Dict[str, Any] = {"hf_hub_id": f"timm/{name}.r{size}_in1k"}
@@ -444,16 +456,10 @@ def _cfg(variant: str, size: int) -> Dict[str, Any]:
         overrides = {"url": f"https://huggingface.co/han-cai/efficientvit-cls/resolve/main/{name}_r{size}.pt"}
     if variant == "b0":
         overrides["notes"] = ("registered officially, but without published accuracy or link",)
-    return imagenet_cfg(
+    return _cfg(
         input_size=(3, size, size),
         pool_size=(size // 32, size // 32),
         crop_pct=0.95 if variant.startswith("b") and size == 224 else 1.0,
-        first_conv="stem.in_conv.conv",
-        classifier="head.classifier.4",
-        license="apache-2.0",
-        origin_url="https://github.com/mit-han-lab/efficientvit",
-        paper_name="EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction",
-        paper_ids="arXiv:2205.14756",
         **overrides,
     )
 
@@ -471,14 +477,18 @@ RESOLUTIONS = {
 
 default_cfgs = generate_default_cfgs(
     {
-        f"effzoo_efficientvit_{variant}.r{size}_in1k": _cfg(variant, size)
-        for variant, sizes in RESOLUTIONS.items()
-        for size in sizes
+        **{
+            f"effzoo_efficientvit_{variant}.r{size}_in1k": _weights_cfg(variant, size)
+            for variant, sizes in RESOLUTIONS.items()
+            for size in sizes
+        },
+        "effzoo_efficientvit_nano64": _cfg(**NANO64),
     }
 )
 
 # name: (series, widths, depths, head_dim, head_widths)
 SIZES: Dict[str, Tuple[str, Tuple[int, ...], Tuple[int, ...], int, Tuple[int, int]]] = {
+    "nano64": ("b", (16, 72, 80, 96, 96), (1, 3, 4, 1, 1), 16, (192, 192)),
     "b0": ("b", (8, 16, 32, 64, 128), (1, 2, 2, 2, 2), 16, (1024, 1280)),
     "b1": ("b", (16, 32, 64, 128, 256), (1, 2, 3, 3, 4), 16, (1536, 1600)),
     "b2": ("b", (24, 48, 96, 192, 384), (1, 3, 4, 4, 6), 32, (2304, 2560)),
@@ -492,6 +502,12 @@ SIZES: Dict[str, Tuple[str, Tuple[int, ...], Tuple[int, ...], int, Tuple[int, in
 def _create(size: str, pretrained: bool, kwargs: Dict[str, Any]) -> EfficientViT:
     sizes = dict(zip(("series", "widths", "depths", "head_dim", "head_widths"), SIZES[size], strict=True))
     return build(EfficientViT, f"effzoo_efficientvit_{size}", pretrained, checkpoint_filter_fn, sizes, **kwargs)
+
+
+@register_model
+def effzoo_efficientvit_nano64(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """Not in the paper (`NANO64`), series b with a narrow head: 0.78M parameters, 0.049 GMACs at 64 with 10 classes."""
+    return _create("nano64", pretrained, kwargs)
 
 
 @register_model

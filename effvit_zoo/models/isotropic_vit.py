@@ -12,9 +12,9 @@ arguments, so they are saved with a model, and DeiT's weights load for any value
 SimA's models have layer scale, starting from 1.0 as its authors set it for 12 layers, in `pico` too, so that all sizes are one
 architecture; the other papers have none. A checkpoint without it loads, and is then the same function with gamma = 1.
 
-Deliberate difference: `pico` (not in the paper), for small images and short runs, is initialised with Xavier-uniform weights and embeds its
-patches with two overlapping convolutions. Top-1 after 400 steps of 64 images of Fashion-MNIST, one trial each at width 96: truncated normal
-weights of 0.02 67.7%, Xavier 69.2%, Xavier and convolutions 77.3%.
+Deliberate difference: `pico` and `nano64` (not in the paper), for small images and short runs, are initialised with Xavier-uniform weights
+and embed their patches with two overlapping convolutions. Top-1 after 400 steps of 64 images of Fashion-MNIST, one trial each at width 96:
+truncated normal weights of 0.02 67.7%, Xavier 69.2%, Xavier and convolutions 77.3%. `models._base.NANO64` says what `nano64` is for.
 
 Layout: tokens (B, N, C), prefix tokens first, then patches in row-major order.
 """

@@ -20,7 +20,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention.additive import EfficientAdditiveAttention
-from ._base import HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
+from ._base import NANO64, HierarchicalBackbone, Stage, build, imagenet_cfg, unwrap_state_dict
 from ._fold import fold_norm_after, fold_norm_before, fold_output_affine, inplace_activation
 
 __all__ = ["SwiftFormer"]
@@ -335,6 +335,7 @@ default_cfgs = generate_default_cfgs(
         "effzoo_swiftformer_s.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_s.dist_in1k"),
         "effzoo_swiftformer_l1.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_l1.dist_in1k"),
         "effzoo_swiftformer_l3.dist_in1k": _cfg(hf_hub_id="timm/swiftformer_l3.dist_in1k"),
+        "effzoo_swiftformer_nano64": _cfg(**NANO64),
         "effzoo_swiftformer_pico": _cfg(input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
@@ -348,6 +349,12 @@ def _create(variant: str, pretrained: bool, kwargs: Dict[str, Any], **sizes: Seq
 def effzoo_swiftformer_pico(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
     """Not in the paper: XS with 7 blocks instead of 16, for images of about 32 pixels, tests and the quickstart."""
     return _create("effzoo_swiftformer_pico", pretrained, kwargs, depths=(2, 2, 2, 1), embed_dims=(48, 56, 112, 220))
+
+
+@register_model
+def effzoo_swiftformer_nano64(pretrained: bool = False, **kwargs: Any) -> SwiftFormer:
+    """Not in the paper (`NANO64`): 0.83M parameters, 0.048 GMACs at 64 with 10 classes."""
+    return _create("effzoo_swiftformer_nano64", pretrained, kwargs, depths=(3, 4, 1, 1), embed_dims=(56, 72, 96, 112))
 
 
 @register_model

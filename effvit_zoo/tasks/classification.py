@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,16 +33,16 @@ from ..hub import CardFacts
 from ..viz.fonts import is_drawable, undrawable
 from ..viz.matrix import confusion_matrix
 from ..viz.predictions import annotate
+from . import _balance
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
-from ._scores import TOP5_FROM, dense_counts, macro_f1, per_class, wilson_interval
-from .contract import Evaluation, Metric, Picture, Section, Table, Task, mean_over_images
+from ._classification_evaluator import ClassificationEvaluator
+from ._linear_probe import LinearProbe
+from ._scores import TOP5_FROM, dense_counts, paired_interval, per_class, wilson_interval
+from .contract import Difference, Metric, Picture, Section, Table, Task, mean_over_images
 
-WORST = 24  # mistakes that are kept for the report
 SPELT = 20  # names in a note
-EXAMPLES = 12  # images that stand for all in the report
 ISOLATE, POP = "\u2068", "\u2069"  # around a name, whose script may run from right to left
-UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
 MATRIX_UP_TO = 300  # classes up to which the confusion matrix is drawn, of which more couldn't be told apart
 TABLE_UP_TO = 200  # classes in a table: the weakest
@@ -78,8 +77,12 @@ class ClassificationConfig:
     """Label smoothing."""
     loss: Literal["ce", "bce"] = "ce"
     """Cross entropy, or binary cross entropy per class (arXiv:2110.00476)."""
-    class_weights: bool = False
-    """Weight each image's loss by the inverse frequency of its class in the training images."""
+    class_weights: bool | None = None
+    """Weight each image's loss by the inverse frequency of its class in the training images; null where the largest class has over five
+    times the images of the smallest."""
+    best: Literal["top1", "macro_f1"] | None = None
+    """Metric that "best" and `train.patience` refer to; null for macro-F1 where the largest class has over five times the images of the
+    smallest, else top-1."""
     classes: Literal["name", "position"] = "name"
     """How the classes of weights to start from correspond to the data's: the classifier keeps the rows of classes that both have."""
 
@@ -95,6 +98,7 @@ class Classification(Task):
         class_weights: (num_classes,) factors of each image's loss by its class; None for 1.
         shown: Names to show for the classes; None for `labels`, else their numbers.
         known: Lists of names by which data may mean the classes, see `hub.known_names`; the first are labels where there are no others.
+        best: The metric that "best" refers to.
     """
 
     Config = ClassificationConfig
@@ -116,10 +120,11 @@ class Classification(Task):
         class_weights: Tensor | None = None,
         shown: Sequence[str] | None = None,
         known: Sequence[Sequence[str]] = (),
+        best: str = "top1",
     ) -> None:
         self.num_classes = num_classes
-        if num_classes < TOP5_FROM:
-            self.metrics = {name: metric for name, metric in self.metrics.items() if name != "top5"}
+        shown_metrics = (name for name in self.metrics if name != "top5" or num_classes >= TOP5_FROM)
+        self.metrics = {name: self.metrics[name] for name in sorted(shown_metrics, key=lambda name: name != best)}
         self.config, self.augment = config or ClassificationConfig(), augment or ClassificationAugment()
         self.labels = tuple(labels or next(iter(known), ())) or None
         self.shown = tuple(shown or self.labels or map(str, range(num_classes)))
@@ -159,12 +164,16 @@ class Classification(Task):
     def for_training(
         cls, config: ClassificationConfig, augment: ClassificationAugment, splits: DataSplits
     ) -> Classification:
-        names, train, weights = splits.class_names, splits.train, None
-        if config.class_weights:
-            if not isinstance(train, ImageSource):
-                raise UserError(f"task.class_weights: {train.title} is a stream, its classes can't be counted")
-            weights = balanced_weights(train.targets, len(names))
-        return cls(len(names), config, augment, labels=names, class_weights=weights)
+        names, train, weights, is_unequal = splits.class_names, splits.train, None, False
+        if isinstance(train, ImageSource):
+            counts = np.bincount(train.targets, minlength=len(names))
+            is_unequal = _balance.ratio(counts) > _balance.VERY_UNEQUAL
+            if config.class_weights or (config.class_weights is None and is_unequal):
+                weights = _balance.balanced_weights(counts)
+        elif config.class_weights:
+            raise UserError(f"task.class_weights: {train.title} is a stream, its classes can't be counted")
+        best = config.best or ("macro_f1" if is_unequal else "top1")
+        return cls(len(names), config, augment, labels=names, class_weights=weights, best=best)
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Classification:
@@ -186,11 +195,8 @@ class Classification(Task):
             return [f"classes (not counted in a stream): {', '.join(_shortened(self.shown))}", *notes]
         counts = np.bincount(splits.train.targets, minlength=self.num_classes)
         notes.insert(0, _class_note(self.shown, counts, splits.val))
-        if counts.max() >= UNEQUAL * counts.min():
-            least, most = (f"{self.shown[i]!r} {counts[i]}" for i in (counts.argmin(), counts.argmax()))
-            advice = "weighted" if self.config.class_weights else "task.class_weights=true weights them equally"
-            notes.append(f"classes are imbalanced: {most} training images, {least} ({advice})")
-        return notes
+        note = _balance.balance_note(counts, self.shown, self.class_weights is not None, next(iter(self.metrics)))
+        return [*notes, note] if note else notes
 
     def picture_notes(self) -> list[str]:
         missing = undrawable(self.shown)
@@ -209,8 +215,11 @@ class Classification(Task):
         if (given := kwargs.get("num_classes", self.num_classes)) != self.num_classes:
             raise UserError(f"model.kwargs.num_classes is {given}, the data has {self.num_classes} classes")
         options = {"pretrained": pretrained, "by_position": self.config.classes == "position", **kwargs}
-        model, self.start_note = hub.load_for_classes(name, self.num_classes, self.labels, **options)
+        model, self.start_note, self.new_outputs = hub.load_for_classes(name, self.num_classes, self.labels, **options)
         return model
+
+    def head_solver(self, model: nn.Module) -> LinearProbe:
+        return LinearProbe(model, self.num_classes, self.augment.hflip > 0, self.class_weights)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -256,6 +265,12 @@ class Classification(Task):
 
     def evaluator(self, device: torch.device) -> ClassificationEvaluator:
         return ClassificationEvaluator(device)
+
+    def difference(self, details: Mapping[str, Any], before: Mapping[str, Any]) -> Difference | None:
+        if not (details.get("hits") and before.get("hits")):
+            return None
+        share, low, high, images = paired_interval(details["hits"], before["hits"])
+        return Difference(self.metrics["top1"].title, 100 * share, 100 * low, 100 * high, images)
 
     def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Top-1 with its interval, macro-F1, and what always naming the largest class would give."""
@@ -332,63 +347,6 @@ class Classification(Task):
         return annotate(image, labels, [row["probability"] for row in rows])
 
 
-class ClassificationEvaluator:
-    """Top-1, top-5, macro-F1 and loss, counts of (true class, predicted class), the most confident mistakes, and examples.
-
-    Memory is linear in the number of images, not quadratic in the number of classes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1 hits, top-5 hits
-        self.pairs: list[Tensor] = []  # (B, 2) true and predicted class, per batch
-        self.worst = torch.full((WORST, 5), -1.0, dtype=torch.float64, device=device)  # rows as in `_first`
-        self.examples = torch.full((EXAMPLES, 5), -1.0, dtype=torch.float64, device=device)
-
-    def update(self, output: Tensor, batch: Batch) -> None:
-        logits, target = output.float().to(self.sums.device), batch.target.to(self.sums.device)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == target[:, None]
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        images = torch.tensor(float(len(target)), device=self.sums.device)
-        self.sums += torch.stack([images, loss, hits[:, 0].sum(), hits.sum()])
-        self.pairs.append(torch.stack([target, ranked[:, 0]], dim=1))
-        predicted, index = ranked[:, 0], batch.index.to(target.device)
-        probability = logits.softmax(1).gather(1, predicted[:, None])[:, 0].double()
-        answers = torch.stack([probability, index.double(), target.double(), predicted.double()], dim=1)
-        self.worst = _first(self.worst, torch.where(predicted == target, -1.0, probability), answers)
-        self.examples = _first(self.examples, (index * 2654435761 % 2**32).double(), answers)  # as good as random
-
-    def totals(self) -> dict[str, Tensor]:
-        return dict(zip(("images", "loss", "top1", "top5"), self.sums.unbind(), strict=True))
-
-    def rows(self) -> list[Any]:
-        cells = Counter(map(tuple, torch.cat(self.pairs).tolist())) if self.pairs else Counter()
-        kept = [[row for row in rows.tolist() if row[0] >= 0] for rows in (self.worst, self.examples)]
-        return [(cells, *kept)]
-
-    def result(self, totals: Mapping[str, Tensor], rows: list[Any]) -> Evaluation:
-        images = float(totals["images"])
-        cells: Counter[tuple[int, int]] = Counter()
-        mistakes: list[list[float]] = []
-        examples: list[list[float]] = []
-        for counted, worst, some in rows:
-            cells.update(counted)
-            mistakes += worst
-            examples += some
-        counts = [[true, predicted, count] for (true, predicted), count in sorted(cells.items())]
-        metrics = {name: 100 * float(totals[name]) / images for name in ("top1", "top5")}
-        return Evaluation(
-            images=int(images),
-            metrics={**metrics, "macro_f1": macro_f1(counts), "loss": float(totals["loss"]) / images},
-            details={
-                "cells": counts,
-                "mistakes": [row[1:] for row in sorted(mistakes, reverse=True)[:WORST]],
-                "examples": [row[1:] for row in sorted(examples, reverse=True)[:EXAMPLES]],
-            },
-        )
-
-
 def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
     """The classes with their numbers of training and validation images; of many classes the first, the largest and the smallest."""
     held = np.bincount(val.targets, minlength=len(names)) if isinstance(val, ImageSource) else None
@@ -401,22 +359,6 @@ def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
 
 def _shortened(items: Sequence[str]) -> list[str]:
     return list(items) if len(items) <= MANY_CLASSES else [*items[:FIRST_CLASSES], f"... ({len(items)} classes)"]
-
-
-def _first(kept: Tensor, rank: Tensor, answers: Tensor) -> Tensor:
-    """The rows of the highest ranks, among those so far and a batch's, as many as there were; nothing is read back from the device.
-
-    Rows are: rank (-1 for none), probability of the predicted class, index of the image, true class, predicted class.
-    """
-    rows = torch.cat([kept, torch.cat([rank[:, None], answers], dim=1)])
-    return rows[rows[:, 0].topk(len(kept)).indices]
-
-
-def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:
-    """(num_classes,) inverse class frequencies, scaled so that the mean over images is 1. A class without images gets 1."""
-    counts = np.bincount(targets, minlength=num_classes)
-    weights = np.where(counts, len(targets) / (num_classes * np.maximum(counts, 1)), 1.0)
-    return torch.tensor(weights, dtype=torch.float32)
 
 
 def class_table(cells: Sequence[Sequence[int]], names: Sequence[str]) -> Table:

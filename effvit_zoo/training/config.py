@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from timm.optim import list_optimizers
 
 from .. import config as strict
-from .. import run_folder, tasks
+from .. import hub, run_folder, tasks
 from ..config import one_of, section
 from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
@@ -110,7 +110,7 @@ class OptimConfig:
     timescale_epochs: Annotated[float, Field(gt=0)] | None = None
     """`rsqrt` is proportional to (1 + epochs / timescale_epochs) ** -0.5; null for the length of the warm-up, or 1 without one."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Length of the linear warm-up in epochs; a tenth of a run that is not longer than it."""
+    """Length of the linear warm-up in epochs; a tenth of a run of which it would be more than a fifth."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the start of the warm-up."""
     warmup_prefix: bool = False
@@ -133,7 +133,10 @@ class TrainConfig:
     """Training loop: epochs, batches, precision, checkpoints, trackers."""
 
     epochs: Count = 10
-    """Number of epochs."""
+    """Number of epochs; with `minutes` the largest."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Time of the whole run in minutes, validation and figures included, from which the number of steps follows; what is given in epochs
+    then refers to `epochs` and shrinks with the run. Null for `epochs` epochs."""
     batch_size: Count = 64
     """Number of images per process and forward pass."""
     grad_accum: Count = 1
@@ -142,10 +145,19 @@ class TrainConfig:
     """Number of images per optimizer step over all processes, from which `grad_accum` follows; null for `grad_accum` as given."""
     seed: CountOrZero = 0
     """Seed of initial weights, order and augmentation."""
+    head_init: Literal["probe", "random"] | None = None
+    """How new outputs start: solved on the trained network's features (`probe`), which is the run's first result, or `random`. Null for
+    a probe where training starts from trained weights and their outputs don't fit the data, so that these are new."""
+    batchnorm: Literal["fixed", "train"] | None = None
+    """BatchNorm in training: with the statistics of the trained weights (`fixed`) or of each batch (`train`). Null for fixed where
+    the run begins with a probe, or starts from trained weights with a `batch_size` below 128."""
     freeze_epochs: CountOrZero = 0
     """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
     patience: CountOrZero = 0
     """Number of epochs without a better validation metric after which training stops; 0 for no early stopping."""
+    val_every: Count | None = None
+    """Number of epochs from one validation, with its checkpoint, to the next; null for the fewest in which training takes as long. The
+    last epoch is always validated."""
     precision: Literal["no", "bf16", "fp16"] | None = None
     """Mixed precision; `no` for float32, null for that of `accelerate launch`, or float32 without it."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -226,6 +238,11 @@ class RunConfig:
             if late:
                 raise ValueError(f"optim.{name} is {late[0]:g}, expected fewer than train.epochs ({epochs})")
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training starts from trained weights. Raises `UserError` for a model that there isn't."""
+        return self.model.pretrained or hub.brings_weights(self.model.name)
+
     def resolve_for_processes(self, num_processes: int) -> RunConfig:
         """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes, and with
         a warm-up that fits into the run and rates at both ends that are not above the peak.
@@ -245,7 +262,7 @@ class RunConfig:
         if optim.lr_base_batch is not None:
             images = at_once * train.grad_accum
             optim = replace(optim, lr=optim.lr * images / optim.lr_base_batch, lr_base_batch=None)
-        if optim.warmup_epochs >= train.epochs:
+        if optim.warmup_epochs > train.epochs / 5:
             optim = replace(optim, warmup_epochs=train.epochs / 10)
         optim = replace(optim, min_lr=min(optim.min_lr, optim.lr), warmup_lr=min(optim.warmup_lr, optim.lr))
         return replace(self, train=train, optim=optim)
@@ -280,11 +297,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run folder. Where it is of a version without `data.split_seed`, the split came from `train.seed`."""
+    """The config of a run folder. Settings of a version that did not have them yet are what it did: `data.split_seed` was `train.seed`,
+    BatchNorm was trained, and no run began with a probe."""
     content = strict.read_yaml(folder / run_folder.CONFIG)
     data, train = content.get("data") or {}, content.get("train") or {}
     if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
         content["data"] = {**data, "split_seed": train["seed"]}
+    if isinstance(train, dict) and "seed" in train:
+        content["train"] = {"head_init": "random", "batchnorm": "train", **train}
     return _complete(content, overrides)
 
 

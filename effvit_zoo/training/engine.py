@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +17,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
-from timm.utils import ModelEmaV3, adaptive_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import Batch, Feed, seed_everything
 from ..errors import UserError
 from ..evaluation.loop import evaluate
-from ..tasks import Evaluation, Metric, Objective, Task
+from ..tasks import Evaluation, Objective, Task
+from . import pace
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .freezing import FrozenBackbone
+from .console import ProgressBar, epoch_line, shown
+from .freezing import FrozenBackbone, fixed_norms
 from .guards import BufferSnapshot, SigtermWatch, save_batches, watched_loader
-from .optim import make_optimizer, make_scheduler
+from .optim import clip_gradients, make_optimizer, make_scheduler
+from .probe import forget_features, plan_probe, run_probe
 from .recorder import Recorder
 from .report import RunReport, resume_command
 
@@ -59,6 +60,7 @@ class Loop:
         accelerator: Device, processes, precision, trackers.
         folder: Run folder; metrics.csv, figures, `best/`, `last/` and `checkpoints/` are written there.
         checkpoint: A checkpoint folder of the same run to resume from.
+        started: Time of `pace.clock` at which the run began; None for now.
 
     Raises:
         UserError: An optimizer that doesn't take its settings, a model that can't be trained so, or a checkpoint that doesn't fit.
@@ -74,6 +76,7 @@ class Loop:
         accelerator: Accelerator,
         folder: Path,
         checkpoint: Path | None = None,
+        started: float | None = None,
     ):
         self.task, self.objective, self.feed, self.config = task, objective, feed, config
         self.accelerator, self.folder = accelerator, folder
@@ -86,6 +89,7 @@ class Loop:
         self.model = model.to(accelerator.device)  # what is validated and saved
         if train.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.probe = plan_probe(task, self.model, config, self.sharded)
         trainable = objective.trainable(self.model)
         self.wraps_model = trainable is not self.model
         # FSDP's shards are gathered into this copy, without values until then
@@ -96,6 +100,7 @@ class Loop:
         if train.freeze_epochs:
             until_step = train.freeze_epochs * feed.steps_per_epoch
             self.freezer = FrozenBackbone(self.model, until_step, wrapped=accelerator.num_processes > 1)
+        self.fixed_norms = fixed_norms(self.model, config, self.probe.solver is not None)
         self.buffers = BufferSnapshot(self.model)
         self.sigterm = SigtermWatch()
         self.stop_now = False  # SIGTERM reached one of the processes
@@ -103,7 +108,7 @@ class Loop:
             trainable.compile()
         self.module, self.optimizer = accelerator.prepare(trainable, optimizer)
         self.scheduler = make_scheduler(self.optimizer, config.optim, train.epochs, feed.steps_per_epoch)
-        self.total_steps = train.epochs * feed.steps_per_epoch
+        self.pace = pace.make_pace(feed, train)
         self.state = self._initial_state(checkpoint)
         self.sums = {
             name: torch.tensor(value, dtype=torch.float64, device=accelerator.device)
@@ -112,7 +117,7 @@ class Loop:
         self.recorder = Recorder(task, feed, config, folder)
         self.report: RunReport | None = None
         self.seconds_before = self.state.seconds
-        self.started = time.perf_counter()
+        self.started = pace.clock() if started is None else started
         self.images_since_start = 0
         self.step_seconds = 0.0
 
@@ -121,7 +126,7 @@ class Loop:
         batch = train.batch_size * train.grad_accum * self.accelerator.num_processes
         steps_per_epoch = self.feed.steps_per_epoch
         if checkpoint is None:
-            return RunState(batch=batch, steps_per_epoch=steps_per_epoch)
+            return RunState(batch=batch, steps_per_epoch=steps_per_epoch, plan=self.pace.start())
         state = load_checkpoint(checkpoint, self.accelerator, self.ema)
         if state.batch != batch:
             raise UserError(
@@ -129,10 +134,15 @@ class Loop:
                 f"(train.batch_size x train.grad_accum x processes): keep this product unchanged"
             )
         if state.steps_per_epoch not in (0, steps_per_epoch):  # other images, which were allowed: begin the epoch again
-            state.step, state.sums = len(state.history) * steps_per_epoch, {}
+            state.step, state.sums = state.epoch * steps_per_epoch, {}
+        state.plan = self.pace.resume(state.plan, state.measured, state.step, state.steps_per_epoch)
         state.steps_per_epoch = steps_per_epoch
-        self.scheduler.step_update(state.step)
+        self._set_rate(state)
         return state
+
+    def _set_rate(self, state: RunState) -> None:
+        """Sets the learning rate of the next step."""
+        self.scheduler.step_update(state.plan.place(state.step, self.pace.longest))  # type: ignore[arg-type]
 
     def run(self, report: RunReport | None = None) -> FitResult:
         """Trains from the start or from the checkpoint.
@@ -155,58 +165,87 @@ class Loop:
             raise
 
     def _train(self) -> FitResult:
-        self.started = self.epoch_started = time.perf_counter()
         state, per_epoch, checkpoint_steps = self.state, self.feed.steps_per_epoch, self.config.train.checkpoint_steps
-        loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
+        loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.pace.longest)
         batches = watched_loader(loader)
         self._report_progress()
-        with self.sigterm, self._progress_bar() as bar:
+        if not state.history and not state.step:
+            self._start_from_probe()
+        hidden = not self.accelerator.is_main_process
+        with self.sigterm, ProgressBar(state.step, state.plan.steps, hidden) as bar:
             while True:
-                epochs, steps_into_epoch = divmod(state.step, per_epoch)
-                if steps_into_epoch == 0 and len(state.history) < epochs:
-                    line = self._end_epoch(epochs)
-                    if self.accelerator.is_main_process:
-                        bar.write(line)
-                    self._save_checkpoint()
-                    self._report_progress()
+                if state.step >= state.plan.check:
+                    self._revise_plan(bar)
+                if self.pace.epoch(state.step) > state.epoch and state.plan.is_due(state.step, per_epoch):
+                    self._conclude_epoch(bar)
                 if self._is_finished():
                     break
-                bar.set_description_str(f"epoch {epochs + 1}/{self.config.train.epochs}", refresh=False)
-                step_started = time.perf_counter()
+                epoch, epochs = self.pace.epoch(state.step + 1), self.pace.epoch(state.plan.steps)
+                bar.set_description_str(f"epoch {epoch}/{epochs}", refresh=False)
+                step_started = pace.clock()
                 values = self._optimizer_step(batches)
-                self.step_seconds += time.perf_counter() - step_started
+                self.step_seconds += pace.clock() - step_started
                 self._show(bar, values)
                 if self.stop_now:
                     self._checkpoint_and_exit(bar)
                 if checkpoint_steps and state.step % checkpoint_steps == 0 and state.step % per_epoch:
                     self._save_checkpoint()
                     self._report_progress()
+                self.pace.steps.add(pace.clock() - step_started)
         # FSDP's shards can't be called by one process alone; their gathered copy can
         model = self.validated_model if self.unsharded is None else self._inner(self.unsharded)
         return FitResult(state, model, self._rate())
 
+    def _start_from_probe(self) -> None:
+        """Gives new outputs their first weights where the run begins with a linear probe, which is its epoch 0."""
+        how = run_probe(self.probe, self.model, self.feed, self.config, self.accelerator, self.folder, self._note_bad)
+        if how is None:
+            return
+        if self.ema is not None:
+            self.ema.set(self.model)
+        started = pace.clock()
+        self.accelerator.print(f"{self._end_epoch(0)} ({how})")
+        self.pace.validations.expect(pace.clock() - started)
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            forget_features(self.folder)
+        self._report_progress()
+
     def _report_progress(self) -> None:
         if self.report is not None:
             self.report.progress(self.state)
+            self.pace.finish = self.report.seconds or self.pace.finish
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.total_steps,
-            initial=self.state.step,
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]",
-        )
+    def _revise_plan(self, bar: ProgressBar) -> None:
+        """Plans a run with `train.minutes` by what was measured; every process by what the main one did."""
+        measured = torch.tensor([*self.pace.measured(), self._seconds()], device=self.accelerator.device)
+        *agreed, spent = broadcast(measured).tolist()
+        self.pace.expect(agreed)
+        before, plan = self.state.plan, self.pace.revise(self.state.plan, self.state.step, spent)
+        self.state.plan, bar.total = plan, plan.steps
+        if plan.is_made and plan.steps != before.steps and self.accelerator.is_main_process:
+            bar.write(self.pace.describe(plan, before))
+
+    def _conclude_epoch(self, bar: ProgressBar) -> None:
+        """Ends an epoch, or several, by a validation and a checkpoint, which knows the plan that follows from their time."""
+        started = pace.clock()
+        line = self._end_epoch(self.pace.epoch(self.state.step))
+        if self.accelerator.is_main_process:
+            bar.write(line)
+        validated = pace.clock()
+        self.pace.validations.add(validated - started)
+        if self.pace.limit is not None:
+            self._revise_plan(bar)
+        self._save_checkpoint()
+        self._report_progress()
+        self.pace.saves.add(pace.clock() - validated)
 
     def _is_finished(self) -> bool:
         state, patience = self.state, self.config.train.patience
-        stalled = bool(state.history) and len(state.history) - state.best_epoch >= patience > 0
-        return state.step >= self.total_steps or stalled
+        stalled = bool(state.history) and state.epoch - state.best_epoch >= patience > 0
+        return state.step >= state.plan.steps or stalled
 
-    def _checkpoint_and_exit(self, bar: tqdm) -> None:
+    def _checkpoint_and_exit(self, bar: ProgressBar) -> None:
         """Clusters send SIGTERM before they reclaim a machine."""
         self._save_checkpoint()
         if self.accelerator.is_main_process:
@@ -226,8 +265,10 @@ class Loop:
         before = {name: value.clone() for name, value in self.sums.items()}
         self.buffers.take()
         self.module.train()
+        for module in self.fixed_norms:
+            module.eval()
         if self.freezer is not None:
-            self.freezer.before_step(step)
+            self.freezer.before_step(self.state.plan.place(step, self.pace.longest))
         step_batches: list[Batch] = []
         for micro in range(train.grad_accum):
             batch = self._next_batch(batches)
@@ -240,16 +281,17 @@ class Loop:
                 accelerator.backward(loss * weight)
             self._add(len(batch), {"loss": loss.detach(), **values})
         if self.freezer is not None:
-            self.freezer.after_backward(step)
-        norm = self._clip_gradients()
+            self.freezer.after_backward(self.state.plan.place(step, self.pace.longest))
+        gradient = clip_gradients(accelerator, self.module.parameters(), self.config.optim)
+        gradient = None if train.precision == "fp16" else gradient  # there its norm is infinite now and then by design
         means = self._means_since(before)
-        bad = self._any_process_nonfinite(means["loss"] if norm is None else means["loss"] + norm)
+        bad = self._any_process_nonfinite(means["loss"] if gradient is None else means["loss"] + gradient)
         # in fp16 the gradient scaler leaves out the step itself, and adapts its scale by it
         if not bad or train.precision == "fp16":
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step = step + 1
-        self.scheduler.step_update(self.state.step)
+        self._set_rate(self.state)
         if bad:
             self.sums = before
             self._undo_step(step_batches, means["loss"])
@@ -278,21 +320,6 @@ class Loop:
         since = {name: value - before.get(name, 0) for name, value in self.sums.items()}
         images = since.pop("images")
         return {name: value / images for name, value in since.items()}
-
-    def _clip_gradients(self) -> Tensor | None:
-        """Clips as `optim.clip_mode` says; the gradient norm where it is known and tells whether the step is sound."""
-        optim, parameters = self.config.optim, self.module.parameters()
-        if optim.clip_grad is None:
-            return None
-        if optim.clip_mode == "norm":
-            norm = self.accelerator.clip_grad_norm_(parameters, optim.clip_grad)
-            return None if self.config.train.precision == "fp16" else norm  # infinite now and then by design
-        self.accelerator.unscale_gradients()
-        if optim.clip_mode == "value":
-            nn.utils.clip_grad_value_(parameters, optim.clip_grad)
-        else:
-            adaptive_clip_grad(parameters, optim.clip_grad)
-        return None
 
     def _any_process_nonfinite(self, number: Tensor) -> bool:
         """Whether the number is infinite or NaN on any process; also records whether any process received SIGTERM."""
@@ -328,13 +355,14 @@ class Loop:
                 if self.accelerator.is_main_process:
                     tqdm.write(f"skipped {name}: {reason}")
 
-    def _show(self, bar: tqdm, values: dict[str, Tensor]) -> None:
+    def _show(self, bar: ProgressBar, values: dict[str, Tensor]) -> None:
         """Advances the bar; values are read from the device only when it is redrawn."""
         rate = self.images_since_start / self.step_seconds
+        bar.left = self.pace.left(self.state.plan, self.state.step)
         if bar.update():
-            shown = [f"loss {values['loss'].item():.3f}"]
-            shown += [_shown(self.task, name, v.item(), digits=1) for name, v in values.items() if name != "loss"]
-            bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} images/s"]), refresh=False)
+            parts = [f"loss {values['loss'].item():.3f}"]
+            parts += [shown(self.task, name, v.item(), digits=1) for name, v in values.items() if name != "loss"]
+            bar.set_postfix_str(", ".join([*parts, f"{rate:.0f} images/s"]), refresh=False)
         if self.state.step % TRACK_EVERY == 0:
             tracked = {f"step/{name}": value.item() for name, value in values.items()}
             tracked |= {"step/lr": self._lr(), "step/images_per_second": rate}
@@ -352,7 +380,7 @@ class Loop:
     def _end_epoch(self, epoch: int) -> str:
         """Validates, records the epoch and saves the model folders; returns the line to print."""
         sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
-        images = sums.pop("images")
+        images = sums.pop("images", 0.0)
         self.sums = {}
         result = self._validate()
         state = self.state
@@ -360,22 +388,26 @@ class Loop:
         row = {
             "epoch": epoch,
             "step": state.step,
-            "lr": self._lr(),
+            "lr": self._lr() if epoch else None,
+            "train_loss": None,  # of the probe
             **{f"train_{name}": value / images for name, value in sums.items()},
             "val_loss": result.metrics["loss"],
             **metrics,
-            "images_per_second": self._rate(),
+            "images_per_second": self._rate() if epoch else None,
             "seconds": self._seconds(),
         }
         state.history.append(row)
-        self._gather_bad_files()
+        if self.accelerator.num_processes > 1:  # unreadable files that the others met
+            self._note_bad(gather_object(list(state.bad_files.items())))
         is_best = state.consider(epoch, result, *next(iter(self.task.metrics.items())))
-        values = {f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step")}
+        values = {
+            f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step") and value is not None
+        }
         self.accelerator.log(values, step=state.step)
         saved = self._gathered_model()
         if self.accelerator.is_main_process:
             self.recorder.record(saved, state.history, result, is_best)
-        return _epoch_line(self.task, row, self.config.train.epochs, is_best)
+        return epoch_line(self.task, row, self.pace.epoch(state.plan.steps), is_best)
 
     def _gathered_model(self) -> nn.Module:
         """The model to save. FSDP's shards are gathered on the main process; call it on every process."""
@@ -406,35 +438,12 @@ class Loop:
             lockstep=self.sharded,
         )
 
-    def _gather_bad_files(self) -> None:
-        """Reports to every process, and through the main one to the user, the unreadable files that the others met."""
-        if self.accelerator.num_processes > 1:
-            self._note_bad(gather_object(list(self.state.bad_files.items())))
-
     def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
+        return self.seconds_before + pace.clock() - self.started
 
     def _save_checkpoint(self) -> None:
         self.state.sums = {
             name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())
         }
-        self.state.seconds = self._seconds()
+        self.state.seconds, self.state.measured = self._seconds(), self.pace.measured()
         save_checkpoint(self.folder, self.accelerator, self.ema, self.state, self.config.train.keep_checkpoints)
-
-
-def _shown(task: Task, name: str, value: float, digits: int | None = None) -> str:
-    """A named value for people, e.g. "top-1 87.95 %"."""
-    metric = task.metrics.get(name, Metric(name.replace("_", " "), digits=3))
-    return f"{metric.title} {metric.show(value, digits)}"
-
-
-def _epoch_line(task: Task, row: dict[str, Any], epochs: int, is_best: bool) -> str:
-    trained = [
-        _shown(task, name.removeprefix("train_"), value, digits=1)
-        for name, value in row.items()
-        if name.startswith("train_") and name != "train_loss"
-    ]
-    validated = [_shown(task, name, row[name]) for name in task.metrics]
-    training = ", ".join([f"train loss {row['train_loss']:.3f}", *trained])
-    validation = ", ".join([f"validation loss {row['val_loss']:.3f}", *validated])
-    return f"epoch {row['epoch']:3d}/{epochs}: {training} | {validation}{' (best so far)' if is_best else ''}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import (
     CosineLRScheduler,
@@ -17,7 +18,8 @@ from timm.scheduler import (
     WSDLRScheduler,
 )
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from timm.utils import adaptive_clip_grad
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UserError, one_line
@@ -130,6 +132,20 @@ _SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "wsd": partial(_stable, stable="constant", decay="1-sqrt"),
     "rsqrt": partial(_stable, stable="rsqrt", decay="linear"),
 }
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], config: OptimConfig) -> Tensor | None:
+    """Clips gradients as `clip_mode` says; their norm before it where it is known."""
+    if config.clip_grad is None:
+        return None
+    if config.clip_mode == "norm":
+        return accelerator.clip_grad_norm_(parameters, config.clip_grad)
+    accelerator.unscale_gradients()
+    if config.clip_mode == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_grad)
+    else:
+        adaptive_clip_grad(parameters, config.clip_grad)
+    return None
 
 
 def check_optim(config: OptimConfig, epochs: int) -> None:

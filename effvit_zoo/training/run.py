@@ -23,16 +23,19 @@ from ..measure import cost
 from ..report.run_page import write_summary
 from ..tasks import TASKS, Distillation, Objective, Task, card_facts
 from ..tasks.distillation import load_teacher
+from . import pace
 from ._data_checks import data_notes, record_images, require_recorded_images
 from ._processes import launched_compile, launched_precision, on_cpu, process_state, require_same_launch
 from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config, load_run
 from .engine import FitResult, Loop
+from .pace import pace_notes
 from .prepare import Prepared, build_model, prepare
-from .report import RunReport
+from .report import RunReport, probe_result
 
 HARMLESS_CHANGES = (
     "data.num_workers",
+    "data.cache",
     "data.check_duplicates",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
@@ -42,6 +45,9 @@ HARMLESS_CHANGES = (
     "hub.push_best",
     "hub.push_every_best",
 )
+
+FEW_IMAGES = 2_000
+"""Training images below which a run from random weights is warned of."""
 
 Adapt = Callable[[Task, Objective, nn.Module], Objective]
 """What a stage of a pipeline makes of a run's task, objective and model: freezes, another trainable module, another loss."""
@@ -55,22 +61,27 @@ def train(
     allow_change: Sequence[str] = (),
     adapt: Adapt | None = None,
     again: str = "",
+    name: str | None = None,
+    seconds_before: float = 0.0,
 ) -> Path:
     """Trains what a config says and returns the run folder.
 
     Args:
         config_path: YAML of a run; may be left out when `resume` names a run folder, which has its own.
         overrides: `section.key=value` settings that override the file's.
-        output: Run folder. None: `runs/NAME-OF-CONFIG`, numbered when that is taken.
+        output: Run folder. None: `runs/NAME`, numbered when that is taken.
         resume: None starts anew; "auto" resumes in the run folder if it holds a run; a run folder resumes there.
         allow_change: Config keys that may differ from those the resumed run was started with; `data.files` allows other images.
         adapt: Makes the objective of a pipeline's stage.
         again: Command that continues an interrupted run; "" for `effzoo train --resume RUN`.
+        name: Name of the default run folder; None for that of the config.
+        seconds_before: Time that the run has taken before this call.
 
     Raises:
         UserError: For bad input of any kind; what is on disk stays as it was.
     """
-    folder, asked, checkpoint = _plan(config_path, overrides, output, resume, allow_change)
+    started = pace.clock() - seconds_before
+    folder, asked, checkpoint = _plan(config_path, overrides, output, resume, allow_change, name)
     accelerator = _make_accelerator(asked, folder)
     config = asked.resolve_for_processes(accelerator.num_processes)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -81,7 +92,7 @@ def train(
         require_recorded_images(folder, run.feed.splits, config.data.root, allow_change)
     if config.hub.push is not None and accelerator.is_main_process:
         hub.require_pushable(config.hub.push)  # now, not after hours
-    loop = Loop(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint)
+    loop = Loop(run.task, objective, run.model, run.feed, config, accelerator, folder, checkpoint, started)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes into it
     with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
         _train(loop, run, asked, again)
@@ -97,7 +108,7 @@ def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
-    verb = "resuming" if loop.state.step else "training"
+    verb = "resuming" if loop.state.history or loop.state.step else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
     report = _report(loop, run, asked, again)
     result = loop.run(report)
@@ -110,7 +121,7 @@ def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
 def _report(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> RunReport:
     """The run's report; prints its notes."""
     config, processes = loop.config, loop.accelerator.num_processes
-    notes = _print_notes(run, asked, config, loop.objective) if loop.accelerator.is_main_process else []
+    notes = _print_notes(run, asked, loop) if loop.accelerator.is_main_process else []
     loss = getattr(loop.objective, "loss_title", "")
     return RunReport(run.task, run.feed, config, loop.folder, run.model, processes, notes=notes, again=again, loss=loss)
 
@@ -135,7 +146,10 @@ def _conclude(
     name, metric = next(iter(run.task.metrics.items()))
     best = f"{metric.title} {metric.show(state.best['metrics'][name])}"
     bad = f", {len(state.bad_files)} unreadable files skipped" if state.bad_files else ""
-    print(f"{best} (epoch {state.best_epoch}) in {state.seconds:.0f} s{bad}")
+    where = f"epoch {state.best_epoch}" if state.best_epoch else "linear probe"
+    print(f"{best} ({where}) in {state.seconds:.0f} s{bad}")
+    for title, text in probe_result(run.task, state):
+        print(f"{title}: {text}")
     saved = folder / run_folder.BEST
     print(f'model: timm.create_model("local-dir:{saved}", pretrained=True) after import effvit_zoo')
     print(f"report: {folder / run_folder.REPORT}")
@@ -150,6 +164,7 @@ def _plan(
     output: str | Path | None,
     resume: str | None,
     allow_change: Sequence[str],
+    name: str | None,
 ) -> tuple[Path, RunConfig, Path | None]:
     """The run folder, its config, and the checkpoint to resume from, if any."""
     if resume not in (None, "auto"):
@@ -160,7 +175,7 @@ def _plan(
     if config_path is None:
         raise UserError("no config given: expected the path of a YAML file")
     config = load_config(config_path, overrides)
-    folder = Path(output) if output is not None else Path("runs") / Path(config_path).stem
+    folder = Path(output) if output is not None else Path("runs") / (name or Path(config_path).stem)
     if resume == "auto" and (folder / run_folder.CONFIG).is_file():
         checkpoint = find_checkpoint(folder)
         return folder, _resumed_config(folder, checkpoint, config_path, overrides, allow_change), checkpoint
@@ -258,26 +273,36 @@ def config_notes(asked: RunConfig, config: RunConfig) -> list[str]:
     return notes
 
 
-def _print_notes(run: Prepared, asked: RunConfig, config: RunConfig, objective: Objective) -> list[str]:
+def _print_notes(run: Prepared, asked: RunConfig, loop: Loop) -> list[str]:
     """Prints what the user should know before the first step, and returns it."""
-    notes = [note for note in (run.task.start_note, getattr(objective, "compared", "")) if note]
-    notes += config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    config, compared = loop.config, getattr(loop.objective, "compared", "")
+    notes = [note for note in (run.task.start_note, loop.probe.note, compared) if note]
+    notes += config_notes(asked, config) + start_notes(config, run.feed.describe()["train_images"])
+    notes += pace_notes(run.feed, config.train) + data_notes(run.feed.splits, run.task, config.data)
     for note in notes:
         print(note)
     return notes
 
 
-def start_notes(config: RunConfig) -> list[str]:
-    """Settings that don't suit random initial weights."""
+def start_notes(config: RunConfig, images: int | None) -> list[str]:
+    """What doesn't suit random initial weights: settings, and few training images (None: their number isn't known)."""
+    if config.starts_trained:
+        return []
+    name, notes = config.model.name, []
+    if images is not None and images < FEW_IMAGES:
+        notes.append(
+            f"warning: {name} starts from random weights, for which {images:,} training images are few (under {FEW_IMAGES:,}): "
+            "model.pretrained=true, or a trained model as model.name, learns far more from them"
+        )
     meant_for_trained = {
         "optim.layer_decay": config.optim.layer_decay not in (None, 1.0),
         "train.freeze_epochs": config.train.freeze_epochs > 0,
     }
     used = [key for key, is_used in meant_for_trained.items() if is_used]
-    if not used or config.model.pretrained or hub.brings_weights(config.model.name):
-        return []
-    name, settings = config.model.name, " and ".join(used)
-    return [f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?"]
+    if used:
+        settings = " and ".join(used)
+        notes.append(f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?")
+    return notes
 
 
 def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processes: int | None = None) -> dict[str, Any]:
@@ -313,7 +338,8 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
         "outputs": (run and run.task.start_note) or None,
         "input_size": list(run.feed.data_config["input_size"]) if run else config.data.img_size,
         "data": data,
-        "notes": config_notes(asked, config) + (data_notes(run.feed.splits, run.task, config.data) if run else []),
+        "notes": config_notes(asked, config)
+        + (pace_notes(run.feed, train) + data_notes(run.feed.splits, run.task, config.data) if run else []),
         "images_per_step": train.batch_size * processes * train.grad_accum,
         "batch": f"{train.batch_size} per process x {processes} processes x {train.grad_accum} accumulated",
         "optimizer": optim.name,
@@ -322,6 +348,7 @@ def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processe
         "schedule": optim.schedule,
         "warmup_epochs": optim.warmup_epochs,
         "warmup_steps": round(optim.warmup_epochs * steps) if steps else None,
+        "minutes": train.minutes,
         "epochs": train.epochs,
         "steps_per_epoch": steps,
         "steps": train.epochs * steps if steps else None,
