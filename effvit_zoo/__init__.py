@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 
 def _is_command_line() -> bool:
-    """Whether this process is `effzoo` or `python -m effvit_zoo`; -m is the program's name until its module is found."""
+    """Whether this process is `effzoo`, `python -m effvit_zoo`, or the one that tries an exported file without torch; -m is the
+    program's name until its module is found."""
     program = Path((getattr(sys, "argv", None) or [""])[0]).name
-    return program in ("effzoo", "effzoo.exe") or (program == "-m" and ("-m", __name__) in pairwise(sys.orig_argv))
+    modules = {("-m", __name__), ("-m", f"{__name__}.export.fresh")}
+    return program in ("effzoo", "effzoo.exe") or (program == "-m" and not modules.isdisjoint(pairwise(sys.orig_argv)))
 
 
 if not _is_command_line():
+    from . import export as export
     from . import hub as hub
     from . import models as models
     from .evaluation.prediction import predict as predict
+    from .export.deployed import open_exported as open_exported
     from .export.optimize import optimize_for_inference as optimize_for_inference
     from .hub import pull as pull
     from .models import swap_attention as swap_attention
@@ -36,7 +40,9 @@ if not _is_command_line():
 __all__ = [
     "__version__",
     "create_model",
+    "export",
     "list_models",
+    "open_exported",
     "optimize_for_inference",
     "predict",
     "pull",

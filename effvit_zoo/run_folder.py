@@ -4,6 +4,7 @@ A run folder holds what one training produced:
 
     config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  data.json.gz  tensorboard/
     probe/  best/  last/             model folders: the linear probe where the run begins with one, the best and the last epoch
+    export/                          files for other runtimes
     checkpoints/step-00000500/       resumable state
 
 A model folder is timm's local-dir format: config.json and model.safetensors. A published one also holds README.md (the card) and,
@@ -35,6 +36,8 @@ RESULTS = (SUMMARY, METRICS, PROBE, BEST, LAST, f"{CHECKPOINTS}/step-*")
 """What a run has to lose, as patterns: a new run doesn't start where one of these is."""
 
 MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
+EXPORT, EXPORT_RECORD = "export", "export.json"
+"""Folder of files for other runtimes in a model folder or run folder, and their record in it."""
 EXTRA_KEY = "effvit_zoo"
 """Key of a model folder's config.json for what timm has no place for: task, measured metrics, epoch, data."""
 ARCHITECTURE_KEY = "effvit_zoo_architecture"

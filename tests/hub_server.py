@@ -175,6 +175,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def route(self, path: str) -> tuple:
+        path = re.sub("^/api/spaces/", "/api/models/spaces/", path)
         for method, pattern, action in ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):
                 return action(self, **match.groupdict())
@@ -193,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.hub.repos.get(name)
         if repo is None or (repo.private and not known):
             raise Refused(404 if known else 401, "RepoNotFound", "Repository not found")
-        if write and not (may_write and name.startswith(f"{USER}/")):
+        if write and not (may_write and name.removeprefix("spaces/").startswith(f"{USER}/")):
             raise Refused(403, "", "You don't have the required permissions")
         return repo
 
@@ -211,6 +212,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "", "Invalid username or password.")
         if not self.may_write or not name.startswith(f"{USER}/"):
             raise Refused(403, "", "You don't have the rights to create a model under this namespace")
+        if asked.get("type") == "space":
+            if asked.get("sdk") != "static":
+                raise Refused(400, "", f"sdk is {asked.get('sdk')!r}")
+            name = f"spaces/{name}"
         if name in self.server.hub.repos:
             raise Refused(409, "", "You already created this model repo")
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
@@ -335,7 +340,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, {}
 
 
-NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
+NAME = r"(?P<name>(?:spaces/)?[\w.-]+/[\w.-]+)"
 REVISION = r"(?P<revision>[^/]+(?:/pr/\d+)?)"
 ROUTES = [
     ("HEAD GET", "/", Handler.nothing),

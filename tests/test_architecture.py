@@ -27,6 +27,9 @@ OWNERS = {
     "onnxruntime": ["export/onnx.py"],
     "openvino": ["export/openvino.py"],
     "executorch": ["export/executorch.py"],
+    "coremltools": ["export/coreml.py"],
+    "ai_edge_litert": ["export/litert.py"],
+    "litert_torch": ["export/litert.py"],
     "pydantic": ["config/*", "*/config.py", "tasks/*", "pipelines/*"],
     "shtab": ["commands/completion.py"],
 }
@@ -37,6 +40,9 @@ TABLES = ["attention", "models", "data/roots", "tasks", "export", "pipelines", "
 
 EXCEPTIONS = {
     ("commands/train.py", "commands/config.py"): "the help of train lists the settings of config",
+    ("export/folder.py", "export/parity.py"): "a folder holds what was proven",
+    ("export/page.py", "export/folder.py"): "a page holds an exported file",
+    ("export/page.py", "export/parity.py"): "its samples are of the images that the file was proven on",
     ("export/optimize.py", "export/deployed.py"): "the fastest form is a deployed model",
     ("export/optimize.py", "export/onednn.py"): "packed weights are one of the forms",
 }

@@ -92,7 +92,7 @@ def test_help_and_version(capsys):
         (["list", "--sort", "accuracy"], "unknown COLUMN 'accuracy': known: model, top1, params, macs, input, ms"),
         (["list", "--sort", "ms"], "the milliseconds are measured with --time only"),
         (["list", "--min-top", "80", "--family", "vit"], "unknown family 'vit'"),
-        (["list", "--max-params", "1", "--min-top1", "85"], "none of the 56 models matches"),
+        (["list", "--max-params", "1", "--min-top1", "85"], "none of the 67 models matches"),
         (["benchmark", "tosa", "--model", "nonsense"], "unknown model 'nonsense'"),
         (["benchmark", "tosa", "--runtimes", "onx"], "unknown runtime 'onx': did you mean 'onnx'?"),
         (["benchmark", "speed"], "unknown WHAT 'speed': known: models, attention, backbones, tosa"),
@@ -169,7 +169,7 @@ def test_the_best_come_first_and_the_unknown_last(capsys):
 
 def test_list_measures_times_here(capsys):
     assert main(["list", "vit_pico", "edgenext_xx_small"]) == 2  # both filters must match
-    assert "none of the 56 models" in capsys.readouterr().err
+    assert "none of the 67 models" in capsys.readouterr().err
     [row] = json.loads(printed(["list", "effzoo_vit_pico", "--time", "--sort", "ms", "--json"], capsys))
     assert 0 < row["milliseconds"] < 5000
     head, line = printed(["list", "effzoo_vit_pico", "--time"], capsys).splitlines()

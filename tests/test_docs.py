@@ -42,7 +42,7 @@ from effvit_zoo.training.config import RunConfig, load_config
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
 TABLES = (TOKEN_MIXERS, TASKS, PIPELINES, TARGETS, COMMANDS)
-TRAINED = ("inference", "hub", "tosa", "target", "command", "reproducibility")
+TRAINED = ("inference", "export", "hub", "tosa", "target", "command", "reproducibility")
 """Names of pages that assume the run `runs/photos` of a small ViT, which another page trains."""
 
 TINY = ["train.epochs=1", "train.batch_size=8", "train.trackers=[]"]
@@ -263,7 +263,8 @@ def test_settings_exist(page, tmp_path):
     known = {row.key for row in settings(RunConfig)} | {ALLOW_IMAGES}
     text = PAGES[page].read_text(encoding="utf-8")
     heads = "|".join(sections(RunConfig))
-    for key in re.findall(rf"[`\s']((?:{heads})\.(?!py\b|json\b|safetensors\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
+    files = "|".join(["py", "json", "safetensors", *(row.suffix[1:] for row in TARGETS.values())])
+    for key in re.findall(rf"[`\s']((?:{heads})\.(?!(?:{files})\b)[a-z_]+(?:\.[a-z_]+)*)(?==|`)", text):
         assert any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known), key
     for block in blocks(page):
         if block.language == "yaml" and not block.title:

@@ -7,10 +7,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import effvit_zoo
+from effvit_zoo import hub
 from effvit_zoo.attention import TOKEN_MIXERS
 from effvit_zoo.errors import UserError
 from effvit_zoo.export import TARGETS, target_of
-from effvit_zoo.export.deployed import open_exported, run_in
+from effvit_zoo.export._graph import Graph, _Function, make_graph
+from effvit_zoo.export.deployed import RUNTIMES, open_exported, run_in
 
 FAMILIES = ["vit", "elu_vit", "cosformer_vit", "hydra_vit", "sima_vit", "tosa_vit"]
 
@@ -71,24 +73,29 @@ def test_small_models(family, tmp_path):
     check(timm.create_model(f"effzoo_{family}_small", num_classes=5).eval(), 224, 224, tmp_path / "model.onnx")
 
 
+def write(target, module, shape, path):
+    """A file of any module, without a record."""
+    graph = Graph(_Function(module, ("output",)).eval(), torch.zeros(1, *shape), batch=None)
+    TARGETS[target].convert(graph).save(path, {})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [target for target in TARGETS.values() if target.export], ids=lambda row: row.name)
-def test_every_exporter_writes_what_its_runtime_computes(target, tmp_path):
-    assert target.installed
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_files_of_other_origin_are_opened_by_the_config_beside_them(name, tmp_path):
+    target = TARGETS[name]
     model = timm.create_model("effzoo_vit_pico", num_classes=5, img_size=(32, 48), depth=2).eval()
     torch.nn.init.normal_(model.head.weight, std=0.02)
     path = tmp_path / f"model{target.suffix}"
-    target.export(model, torch.randn(1, 3, 32, 48), path)
+    target.convert(make_graph(model, (3, 32, 48), target.forms)).save(path, {})
     assert target_of(path) is target
-    config = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6]}, "label_names": list("abcde")}
-    deployed = open_exported(path, config)
+    with pytest.raises(UserError, match=r"no preprocessing config found .*--like MODEL"):
+        open_exported(path)
+    hub.save(model, tmp_path / "best", label_names=list("abcde"), data_config={"mean": [0.4, 0.5, 0.6]})
+    deployed = open_exported(path)
     assert deployed.shape == [None, 3, 32, 48]
-    assert deployed.pretrained_cfg == {
-        "mean": [0.4, 0.5, 0.6],
-        "label_names": list("abcde"),
-        "input_size": (3, 32, 48),
-        "num_classes": 5,
-    }
+    cfg = deployed.pretrained_cfg
+    assert (cfg["input_size"], cfg["num_classes"], cfg["label_names"]) == ((3, 32, 48), 5, list("abcde"))
+    assert cfg["mean"] == [0.4, 0.5, 0.6]
     for images in (torch.randn(3, 3, 32, 48), torch.randn(2, 3, 32, 48).to(memory_format=torch.channels_last)):
         with torch.no_grad():
             expected = model(images)
@@ -101,30 +108,30 @@ def test_every_exporter_writes_what_its_runtime_computes(target, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", RUNTIMES)
 def test_damaged_and_unfit_files_are_one_line(name, tmp_path):
-    target = TARGETS[name]
-    path = tmp_path / f"model{target.suffix}"
+    path = tmp_path / f"model{TARGETS[name].suffix}"
+    hub.save(timm.create_model("effzoo_vit_pico", depth=1), tmp_path / "best")
     path.write_bytes(b"not a graph")
     with pytest.raises(UserError, match=r"cannot open .*model\.\w+: [^\n]+$"):
-        open_exported(path, {})
-    target.export(torch.nn.Flatten(0), torch.randn(1, 3, 8, 8), path)
+        open_exported(path)
+    write(name, torch.nn.Flatten(0), (3, 8, 8), path)
     with pytest.raises(UserError, match=r"gives an output of shape \(192,\), expected"):
-        open_exported(path, {})
-    target.export(torch.nn.Flatten(), torch.randn(1, 3, 8), path)
+        open_exported(path)
+    write(name, torch.nn.Flatten(), (3, 8), path)
     with pytest.raises(UserError, match="takes 3 dimensions, expected images"):
-        open_exported(path, {})
+        open_exported(path)
     if name == "onnx":
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match="cannot open"):
-            open_exported(path, {})
+            open_exported(path)
 
 
-def test_targets_are_found_by_suffix_and_only_exporters_can_run_a_model():
+def test_targets_are_found_by_suffix_and_models_run_in_runtimes_only():
     assert target_of("model.pte") is TARGETS["executorch"]
     assert target_of("model.safetensors") is None
-    with pytest.raises(UserError, match="unknown target 'executorch'"):
+    with pytest.raises(UserError, match="unknown runtime 'executorch'"):
         run_in("executorch", torch.nn.Identity(), torch.zeros(1, 3, 8, 8))
 
 

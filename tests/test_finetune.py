@@ -187,7 +187,11 @@ def test_per_class_figures():
 def test_the_surest_mistakes_are_kept(photos, tmp_path):
     """Against a plain loop over the validation images with the saved model."""
     output = tmp_path / "run"
-    hardly = ["model.name=effzoo_swiftformer_pico", "optim.name=sgd", "optim.lr=1e-9"]  # its head does not start at zero
+    hardly = [
+        "model.name=effzoo_swiftformer_pico",
+        "optim.name=sgd",
+        "optim.lr=1e-9",
+    ]  # its head does not start at zero
     assert train_small(output, f"data.root={photos}", "data.val_fraction=0.4", *hardly) == 0
     feed = prepare(load_config(output / "config.yaml"), 1).feed
     model = timm.create_model(f"local-dir:{output / 'best'}", pretrained=True).eval()

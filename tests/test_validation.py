@@ -17,8 +17,9 @@ from effvit_zoo.cli import main as effzoo
 from effvit_zoo.data import BadImage, Batch, ImageSource, open_splits
 from effvit_zoo.data.record import name_hashes, names_digest
 from effvit_zoo.export import TARGETS
+from effvit_zoo.export._graph import make_graph
 from effvit_zoo.export.contract import Opened
-from effvit_zoo.export.deployed import config_of, load_exported, open_exported
+from effvit_zoo.export.deployed import config_of, open_exported
 from effvit_zoo.tasks import TASKS
 
 
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
     built = effvit_zoo.create_model("effzoo_vit_pico", num_classes=3)
     hub.save(built, folder, label_names=["red", "blue", "green"], data_config={"mean": (0.4, 0.5, 0.6)})
     pytest.importorskip("onnxscript")
-    TARGETS["onnx"].export(built.eval(), torch.zeros(1, 3, 32, 32), folder / "model.onnx")
+    TARGETS["onnx"].convert(make_graph(built, (3, 32, 32))).save(folder / "model.onnx", {})
     return folder
 
 
@@ -66,16 +67,17 @@ def test_an_openvino_file_gives_the_models_own_results(model, photos, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_files_of_a_fixed_batch_take_any_number(monkeypatch, tmp_path, batch):
+def test_files_of_a_fixed_batch_take_any_number(monkeypatch, model, tmp_path, batch):
     def opened(path, threads):
         def run(images):
             assert images.shape == (batch, 3, 8, 8)
-            return images.mean((2, 3))
+            return [images.mean((2, 3))]
 
         return Opened(run, [batch, 3, 8, 8])
 
-    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], open=opened))
-    exported = open_exported(tmp_path / "x.onnx", {})
+    monkeypatch.setitem(TARGETS, "onnx", replace(TARGETS["onnx"], open=opened, read=lambda path: None))
+    (tmp_path / "x.onnx").touch()
+    exported = open_exported(tmp_path / "x.onnx", like=str(model))
     images = torch.randn(6, 3, 8, 8)
     torch.testing.assert_close(exported(images), images.mean((2, 3)))
     assert exported.num_classes == 3
@@ -268,6 +270,6 @@ def test_a_size_doesnt_change_the_next_ones_result(model, photos, tmp_path):
 
 def test_an_exported_file_keeps_to_its_size(model, photos, capsys):
     pytest.importorskip("onnxruntime")
-    assert load_exported(str(model / "model.onnx")).shape == [None, 3, 32, 32]
+    assert open_exported(model / "model.onnx").shape == [None, 3, 32, 32]
     assert validate("--model", model / "model.onnx", "--img-size", 64, photos=photos) == 2
     assert "it was exported for 32 x 32 pixels, got 64 x 64" in capsys.readouterr().err

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from effvit_zoo.commands import COMMANDS, _index
@@ -20,6 +22,7 @@ from effvit_zoo.pipelines.tosa import ToSAConfig
 from effvit_zoo.training.config import RunConfig
 
 WIDTH = 100
+EXPORTS = Path(__file__).resolve().parent.parent / "results" / "export.json"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -46,6 +49,29 @@ def commands() -> str:
 def _help(parser: argparse.ArgumentParser) -> str:
     parser.formatter_class = functools.partial(parser.formatter_class, width=WIDTH)  # type: ignore[assignment]
     return f"```text\n{parser.format_help().strip()}\n```"
+
+
+def exports() -> str:
+    """What results/export.json says of models in export targets: the largest error and on how many images, or why there is none."""
+    rows = json.loads(EXPORTS.read_text(encoding="utf-8"))
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    parts = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        found = {(row["model"], row["target"]): row for row in rows if row["precision"] == precision}
+        models = dict.fromkeys(model for model, _ in found)
+        cells = [[model, *(_export_cell(found.get((model, target))) for target in targets)] for model in models]
+        parts.append(f"In {precision}:\n\n{table(['model', *targets], cells)}")
+    return "\n\n".join(parts)
+
+
+def _export_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    if "failed" in row:
+        return f"refused: {row['failed'].partition(': ')[2][:80]}"
+    if "largest_error" not in row:
+        return f"converted, rank {row['rank']}"
+    return f"{row['largest_error']:.0e} ({row['images']})"
 
 
 def run_settings() -> str:
@@ -104,6 +130,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": run_settings,
     "tosa": tosa_settings,
     "models": models,
+    "exports": exports,
 }
 
 

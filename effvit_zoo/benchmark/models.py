@@ -18,7 +18,7 @@ from torch import nn
 from .. import hub
 from ..errors import UserError, one_line
 from ..export import target_of
-from ..export.deployed import load_exported
+from ..export.deployed import open_exported
 from ..measure import cost
 from ..measure.host import processor_name
 from ..measure.progress import progress
@@ -99,7 +99,7 @@ def measure(
 def deployed(name: str, img_size: int | None = None) -> nn.Module:
     """A model of any name, ready for inference, or an exported file. Only folders and the Hub bring weights. Raises `UserError`."""
     if target_of(name) is not None:
-        return load_exported(name, threads=torch.get_num_threads())
+        return open_exported(name, threads=torch.get_num_threads())
     model: Any = hub.load(name).eval()
     if img_size is not None and hasattr(model, "set_input_size"):
         try:

@@ -30,8 +30,7 @@ from .. import hub, run_folder
 from ..attention.token_select import number_selected, select_tokens, token_importance
 from ..data import Batch, Feed, readable
 from ..errors import UserError, unknown_choice
-from ..export import TARGETS
-from ..export.deployed import run_in
+from ..export.deployed import RUNTIMES, run_in
 from ..measure import cost
 from ..measure.host import gemm_gflops, processor_name
 from ..measure.peak import peak_bytes
@@ -87,11 +86,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _runtimes(asked: Sequence[str] | None) -> Sequence[str]:
     """Names of targets: those asked for, or all that are installed. Raises `UserError` for an unknown one."""
-    exporters = {name: target for name, target in TARGETS.items() if target.export is not None}
     for name in asked or ():
-        if name not in exporters:
-            raise unknown_choice("runtime", name, exporters)
-    return [name for name, target in exporters.items() if target.installed] if asked is None else asked
+        if name not in RUNTIMES:
+            raise unknown_choice("runtime", name, RUNTIMES)
+    return [name for name, target in RUNTIMES.items() if target.installed] if asked is None else asked
 
 
 def speed_models(name: str, side: int, ratios: Sequence[float]) -> dict[str, nn.Module]:
@@ -116,7 +114,7 @@ def measure_speed(
     Args:
         models: Name -> model; one is called "dense".
         sample: Images (B, C, H, W).
-        runtimes: "torch" and names of targets.
+        runtimes: "torch" and names in `RUNTIMES`.
         threads: Number of threads of the other runtimes.
         repeats: Timed calls per model.
     """

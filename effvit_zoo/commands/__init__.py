@@ -45,7 +45,7 @@ COMMANDS = {
     name: Command(name)
     for name in (
         *("list", "info", "predict"),
-        *("train", "config", "validate", "benchmark"),
+        *("train", "config", "validate", "export", "demo", "benchmark"),
         *("push", "pull", "weights", "convert"),
         "completion",
     )

@@ -22,7 +22,7 @@ HIDDEN = ("rank", "index")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders to search for them")
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", required=True, help=f"{MODEL_HELP}, or an exported file")
     parser.add_argument(
         "--topk", type=positive, default=5, metavar="K", help="number of top classes to print (default: %(default)s)"
     )
@@ -41,9 +41,11 @@ def run(args: argparse.Namespace) -> None:
     from .. import hub
     from ..data import BadImage, open_image
     from ..evaluation.prediction import predict
+    from ..export import target_of
+    from ..export.deployed import open_exported
     from ..tasks import task_of
 
-    device = check_device(args.device)
+    device = "cpu" if target_of(args.model) else check_device(args.device)
     if device != "cpu":
         print(f"computing on {device}", file=sys.stderr)
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if not paths:
         raise UserError("there is no image to predict")
     drawing = _Drawing(args.draw, args.images, paths) if args.draw else None
-    model = hub.load(args.model, pretrained=True)
+    model = open_exported(args.model) if target_of(args.model) else hub.load(args.model, pretrained=True)
     task = task_of(model)
     for line in task.picture_notes() if drawing else ():
         print(f"note: {line}", file=sys.stderr)

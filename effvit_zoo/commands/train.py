@@ -164,7 +164,8 @@ def _print_next(folder: Path) -> None:
     if Path(root).expanduser().is_dir():
         drawn = shlex.quote(str(folder / "drawn"))
         lines.append(f"effzoo predict --model {run} {images} --draw {drawn}")
-    lines.append(f"effzoo push {run} USER/NAME")
+    photos = f" --data {images}" if Path(root).expanduser().is_dir() else ""
+    lines += [f"effzoo export {run} --to onnx{photos}", f"effzoo push {run} USER/NAME"]
     print("next:", *lines, sep="\n  ")
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         nargs="+",
-        help=f"{MODEL_HELP}, or a file .onnx, .xml or .pte; several are measured in turn on the same images",
+        help=f"{MODEL_HELP}, or an exported file; several are measured in turn on the same images",
     )
     parser.add_argument(
         "--like", metavar="MODEL", help="model that supplies preprocessing and labels of an exported file"
@@ -123,11 +123,11 @@ def _candidate(name: str, like: str | None, pretrained: bool) -> Candidate:
     from .. import hub
     from ..evaluation.compare import Candidate
     from ..export import target_of
-    from ..export.deployed import config_of, load_exported
+    from ..export.deployed import open_exported, training_of
 
     if target_of(name) is not None:
-        record = config_of(Path(name), like).get(EXTRA_KEY) if Path(name).is_file() else None
-        return Candidate(name, partial(load_exported, name, like, torch.get_num_threads()), record or {})
+        build = partial(open_exported, name, torch.get_num_threads(), like)
+        return Candidate(name, build, training_of(Path(name), like))
     trained = hub.brings_weights(name)
     record = hub.read_config(name).get(EXTRA_KEY) if trained else None
     weights = "trained" if pretrained or trained else RANDOM

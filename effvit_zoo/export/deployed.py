@@ -1,7 +1,7 @@
 """Models outside eager torch with the surface of a timm model, so that prediction and validation take them as they are.
 
-An exported file holds no preprocessing and no labels: they come from the config.json in its folder (written by `effvit_zoo.hub.save`)
-or from a model that is named.
+Preprocessing and labels come from the record that `export_model` wrote into the file; for a file of another origin from the config.json in
+its folder (written by `effvit_zoo.hub.save`), or from a model that is named.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line, unknown_choice
 from ..run_folder import BEST, EXTRA_KEY, MODEL_CONFIG
 from . import TARGETS, target_of
-from .contract import Runner
+from ._graph import make_graph
+from ._pixels import to_pixels
+from ._record import as_config, read_folder, record_of_file
+from .contract import Opened, Record, Target
+
+TensorRunner = Callable[[Tensor], Any]
+"""float32 images (B, C, H, W) on the CPU, in any memory format -> output (B, ...), or several, that later calls don't overwrite."""
+
+RUNTIMES = {name: row for name, row in TARGETS.items() if row.any_batch and row.package != "torch"}
+"""Targets in which a model runs faster here, for any number of images."""
 
 
 class Deployed(nn.Module):
@@ -30,9 +40,9 @@ class Deployed(nn.Module):
         pretrained_cfg: Preprocessing, number of classes and labels under timm's keys; num_classes is required.
     """
 
-    def __init__(self, run: Runner, shape: list[int | None], pretrained_cfg: Mapping[str, Any]) -> None:
+    def __init__(self, run: TensorRunner, shape: list[int | None], pretrained_cfg: Mapping[str, Any]) -> None:
         super().__init__()
-        self._run: Runner = partial(run)  # a module that is assigned itself would bring its parameters
+        self._run: TensorRunner = partial(run)  # a module that is assigned itself would bring its parameters
         self.shape = shape
         self.pretrained_cfg = dict(pretrained_cfg)
         self.num_classes: int = self.pretrained_cfg["num_classes"]
@@ -75,61 +85,97 @@ class Deployed(nn.Module):
         raise TypeError(f"{type(self).__name__} can't be pickled or copied: make it again where it is needed")
 
 
-def load_exported(name: str, like: str | None = None, threads: int = 1) -> Deployed:
-    """An exported file with the preprocessing, labels and record of the model folder or run folder that it lies in.
+def open_exported(path: str | Path, threads: int = 1, like: str | None = None) -> Deployed:
+    """An exported file as a model: images as timm prepares them in, outputs out, whatever input and runtime the file has.
+
+    Preprocessing and labels come from the record in the file, where there is one, else from the config.json of the model folder or run
+    folder that the file lies in. `effvit_zoo.predict` takes the result for a model.
 
     Args:
-        name: The file.
-        like: A model (folder, `hf-hub:` or registered name) to take preprocessing and labels from instead.
+        path: The file.
         threads: Number of threads for the runtime.
+        like: A model (folder, `hf-hub:` or registered name) to take preprocessing and labels from instead.
 
     Raises:
         UserError: No such file, an unknown suffix, no runtime for it, a damaged file, or no preprocessing config.
     """
-    path = Path(name)
-    if target_of(path) is None:
-        raise unknown_choice("kind of exported file", path.suffix, [target.suffix for target in TARGETS.values()])
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    return open_exported(path, config_of(path, like), threads)
-
-
-def open_exported(path: Path, config: Mapping[str, Any], threads: int = 1) -> Deployed:
-    """An exported file with the preprocessing and labels of `config`, the content of a model folder's config.json.
-
-    Raises:
-        UserError: The runtime isn't installed, or the file is damaged or doesn't map images to classes.
-    """
+    path = Path(path)
     target = target_of(path)
-    assert target is not None
+    if target is None:
+        raise unknown_choice("kind of exported file", path.suffix, [target.suffix for target in TARGETS.values()])
+    if not path.exists():
+        raise UserError(f"there is no file {path}")
+    record = record_in(path)
+    if record is not None and like is None:
+        return _deployed(path, target, as_config(record), record["trained"], threads, record["file"]["batch"][0])
+    config = config_of(path, like)
     cfg: dict[str, Any] = dict(config.get("pretrained_cfg", {}))
     if config.get("label_names"):
         cfg["label_names"] = config["label_names"]
+    return _deployed(path, target, cfg, config.get(EXTRA_KEY) or {}, threads)
+
+
+def record_in(path: Path) -> Record | None:
+    """The record inside an exported file, or of the export.json beside it; None where there is neither. Raises `UserError`."""
+    target = target_of(path)
+    assert target is not None
+    beside = read_folder(path.parent)
     try:
-        run, shape = target.open(path, threads)
-        if len(shape) != 4:
-            raise UserError(f"{path} takes {len(shape)} dimensions, expected images (B, C, H, W)")
-        sides = zip(shape[1:], cfg.get("input_size", (3, 224, 224)), strict=True)
-        cfg["input_size"] = tuple(own or usual for own, usual in sides)
-        output = run(torch.zeros(shape[0] or 1, *cfg["input_size"]))
+        return target.read(path) or (record_of_file(beside, path.name) if beside else None)
     except UserError:
         raise
     except target.errors() as error:
         raise UserError(f"cannot open {path}: {one_line(error)}") from error
-    if output.ndim < 2:
-        raise UserError(
-            f"{path} gives an output of shape {tuple(output.shape)}, expected (B, classes) or (B, classes, H, W)"
-        )
+
+
+def _deployed(
+    path: Path, target: Target, cfg: dict[str, Any], trained: Mapping[str, Any], threads: int, batch: int = 1
+) -> Deployed:
+    """A file with preprocessing and labels, tried on an image. Raises `UserError`."""
+    try:
+        opened = target.open(path, threads)
+        if len(opened.shape) != 4:
+            raise UserError(f"{path} takes {len(opened.shape)} dimensions, expected images (B, C, H, W)")
+        run, shape = _on_tensors(opened, cfg)
+        sides = zip(shape[1:], cfg.get("input_size", (3, 224, 224)), strict=True)
+        cfg["input_size"] = tuple(own or usual for own, usual in sides)
+        output = run(torch.zeros(shape[0] or batch, *cfg["input_size"]))
+    except UserError:
+        raise
+    except target.errors() as error:
+        raise UserError(f"cannot open {path}: {one_line(error)}") from error
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        gives = f"an output of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"{len(output)} outputs"
+        raise UserError(f"{path} gives {gives}, expected (B, classes) or (B, classes, H, W)")
     deployed = Deployed(run, shape, cfg | {"num_classes": int(output.shape[1])})
-    deployed.effvit_zoo_record = config.get(EXTRA_KEY) or {}
+    deployed.effvit_zoo_record = trained
     return deployed
 
 
-def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> Runner:
+def _on_tensors(opened: Opened, cfg: Mapping[str, Any] | None = None) -> tuple[TensorRunner, list[int | None]]:
+    """A file as a function of float32 images (B, C, H, W), normalised as `cfg` says, and the shape that it takes of these."""
+    shape, dtype = opened.shape, np.dtype(opened.dtype)
+    as_pixels = dtype == np.uint8
+    if as_pixels:
+        assert cfg is not None
+        shape = [shape[0], shape[3], shape[1], shape[2]]
+
+    def run(images: Tensor) -> Any:
+        wrong = [got for got, own in zip(images.shape, shape, strict=True) if own not in (None, got)]
+        if wrong:
+            raise ValueError(f"expected images of shape {tuple(shape)}, got {tuple(images.shape)}")
+        array = to_pixels(images, {"preprocessing": cfg}) if as_pixels and cfg else images.contiguous().numpy()
+        outputs = [torch.from_numpy(output) for output in opened.run(array.astype(dtype, copy=False))]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return run, shape
+
+
+def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> TensorRunner:
     """A model as a function of float32 images (B, C, H, W) of the sample's size, computed by another runtime.
 
     Args:
-        target: A name in `TARGETS` that has an exporter.
+        target: A name in `RUNTIMES`.
         model: In eval mode.
         sample: Images (B, C, H, W).
         threads: Number of threads for the runtime.
@@ -137,14 +183,22 @@ def run_in(target: str, model: nn.Module, sample: Tensor, threads: int = 1) -> R
     Raises:
         UserError: An unknown target, or one that isn't installed.
     """
-    exporters = {name: row for name, row in TARGETS.items() if row.export}
-    if target not in exporters:
-        raise unknown_choice("target", target, list(exporters))
-    row = exporters[target]
+    if target not in RUNTIMES:
+        raise unknown_choice("runtime", target, list(RUNTIMES))
+    row = RUNTIMES[target]
+    row.require()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / f"model{row.suffix}"
-        row.export(model, sample, path)  # type: ignore[misc]  # those without are left out above
-        return row.open(path, threads).run
+        row.convert(make_graph(model, sample.shape[1:], row.forms)).save(path, {})
+        return _on_tensors(row.open(path, threads))[0]
+
+
+def training_of(path: Path, like: str | None = None) -> Mapping[str, Any]:
+    """What training recorded of the model that a file was made from: empty where nothing is known. Raises `UserError`."""
+    if not path.exists():
+        return {}
+    record = record_in(path)
+    return record["trained"] if record is not None else config_of(path, like).get(EXTRA_KEY) or {}
 
 
 def config_of(path: Path, like: str | None = None) -> dict[str, Any]:

@@ -27,12 +27,10 @@ from torch import nn
 from ..errors import UserError, one_line, unknown_choice
 from ..measure.host import onednn_matmul
 from ..measure.timing import time_in_turns
-from . import TARGETS
-from .contract import Runner
-from .deployed import Deployed, run_in
+from .deployed import RUNTIMES, Deployed, TensorRunner, run_in
 from .onednn import pack
 
-Builder = Callable[[nn.Module, torch.Tensor], Runner]
+Builder = Callable[[nn.Module, torch.Tensor], TensorRunner]
 
 
 class OptimizedModel(Deployed):
@@ -45,7 +43,7 @@ class OptimizedModel(Deployed):
         rejected: Forms that could not be used here, with the reason.
     """
 
-    def __init__(self, form: str, run: Runner, contest: Contest, model: nn.Module) -> None:
+    def __init__(self, form: str, run: TensorRunner, contest: Contest, model: nn.Module) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {"input_size": tuple(contest.sample.shape[1:])}
         num_classes = getattr(model, "num_classes", None)
         if num_classes is None:
@@ -87,7 +85,7 @@ class Contest:
     ) -> None:
         self.sample, self.expected, self.half = sample, expected, half
         self.tolerance, self.repeats = tolerance, repeats
-        self.fastest: tuple[str, Runner] | None = None
+        self.fastest: tuple[str, TensorRunner] | None = None
         self.milliseconds: dict[str, float] = {}
         self.errors: dict[str, float] = {}
         self.rejected: dict[str, str] = {}
@@ -108,14 +106,14 @@ class Contest:
         elif self._is_faster(form, run):
             self.fastest = form, run
 
-    def _build(self, form: str, fused: nn.Module) -> Runner:
+    def _build(self, form: str, fused: nn.Module) -> TensorRunner:
         half = self.half
         if half is None:
             return FORMS[form](copy.deepcopy(fused), self.sample)
         run = FORMS[form](copy.deepcopy(fused).to(half), self.sample.to(half))
         return lambda images: run(images.to(half)).float()
 
-    def _is_faster(self, form: str, run: Runner) -> bool:
+    def _is_faster(self, form: str, run: TensorRunner) -> bool:
         """Whether a form beats the fastest so far; notes its milliseconds."""
         rivals = dict([self.fastest] if self.fastest else []) | {form: run}
         times = time_in_turns(
@@ -198,32 +196,32 @@ def _check(
         raise UserError(f"compile: expected True, False or 'auto', got {compile!r}")
 
 
-def _eager(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _eager(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     return model
 
 
-def _channels_last(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _channels_last(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     model.to(memory_format=torch.channels_last)
     return lambda x: model(x.contiguous(memory_format=torch.channels_last))
 
 
-def _packed(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _packed(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     pack(model, sample)
     return model
 
 
-def _packed_with_activations(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _packed_with_activations(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     pack(model, sample, activations=True)
     return model
 
 
-def _compiled(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _compiled(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     model.to(memory_format=torch.channels_last)
     run = torch.compile(model, options={"freezing": True})
     return lambda x: run(x.contiguous(memory_format=torch.channels_last))
 
 
-def _compiled_onednn(model: nn.Module, sample: torch.Tensor) -> Runner:
+def _compiled_onednn(model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     compiled = _compiled(model, sample)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -233,7 +231,7 @@ def _compiled_onednn(model: nn.Module, sample: torch.Tensor) -> Runner:
     return run
 
 
-def _in_runtime(target: str, model: nn.Module, sample: torch.Tensor) -> Runner:
+def _in_runtime(target: str, model: nn.Module, sample: torch.Tensor) -> TensorRunner:
     """Another runtime, for images of the sample's size; the eager model for other sizes, which it was not exported for."""
     if sample.dtype != torch.float32:
         raise UserError(f"float32 only, got {sample.dtype}")
@@ -250,7 +248,7 @@ EAGER_FORMS: dict[str, Builder] = {
 }
 COMPILED_FORMS: dict[str, Builder] = {"compiled": _compiled, "compiled, oneDNN": _compiled_onednn}
 RUNTIME_FORMS: dict[str, Builder] = {
-    target.package: functools.partial(_in_runtime, target.name) for target in TARGETS.values() if target.export
+    target.package: functools.partial(_in_runtime, target.name) for target in RUNTIMES.values()
 }
 
 FORMS: dict[str, Builder] = {**EAGER_FORMS, **COMPILED_FORMS, **RUNTIME_FORMS}

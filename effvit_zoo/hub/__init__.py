@@ -17,6 +17,8 @@ from .labels import class_order as class_order
 from .labels import known_names as known_names
 from .labels import label_names as label_names
 from .labels import match_classes as match_classes
+from .publish import public as public
 from .publish import pull as pull
 from .publish import push as push
 from .publish import require_pushable as require_pushable
+from .space import push_page as push_page

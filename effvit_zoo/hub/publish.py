@@ -23,7 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from .. import run_folder
 from ..config import dump_yaml, plain, read_yaml
 from ..errors import UserError
-from ..run_folder import CARD, CONFIG, MODEL_CONFIG, RECORDS, WEIGHTS
+from ..run_folder import CARD, CONFIG, EXPORT, EXPORT_RECORD, MODEL_CONFIG, RECORDS, WEIGHTS
 from . import card, client
 from .client import FAILURES, explain, fetch
 from .config_check import checked_config
@@ -39,6 +39,8 @@ _ABSOLUTE = re.compile(r"^(?P<source>local-dir:)?(?:/|~|[A-Za-z]:[\\/])")
 _ABSOLUTE_INSIDE = re.compile(r"(?<![\w.:/\\~-])(?:~?/|[A-Za-z]:[\\/])(?=[^\s/])[^\s'\"<>|,;]*")
 
 _NAMES_OF_CLASSES = ("label_names", "label_descriptions")
+
+_TEXTS = (".json", ".md", ".py", ".txt")
 
 _Content = bytes | Path
 
@@ -101,7 +103,8 @@ def push(
             text = card.make(files, repo_id, facts, revision=revision, license=license, own_words=words)
             files[CARD] = text.encode()
             _refuse_tokens(files)  # also in what somebody wrote into the card, or in the licence
-            stale = (place.present & {*_PUBLISHED, *card.figures_in(previous)}) - files.keys()
+            exported = {name for name in place.present if name.startswith(f"{EXPORT}/")}
+            stale = (place.present & {*_PUBLISHED, *card.figures_in(previous), *exported}) - files.keys()
             return _commit(place, files, sorted(stale), message or "Upload a model of effvit_zoo")
     except _Unclear:
         raise
@@ -310,7 +313,7 @@ def _contents(
     config = checked_config(folder / MODEL_CONFIG, folder / MODEL_CONFIG)
     if license is not None:
         config.setdefault("pretrained_cfg", {})["license"] = license
-    config = _public(config)
+    config = public(config)
     try:
         model = load(folder)
     except UserError as error:
@@ -323,13 +326,31 @@ def _contents(
     if (records := folder / RECORDS if own else run_folder.run_of(folder)) is not None:
         files |= {f"{RECORDS}/{name}": content for name, content in _records(records, None if own else folder.name)}
         files |= {f"{RECORDS}/{name}": records / name for name in facts.figures if (records / name).is_file()}
+    files |= _exported(folder)
     _refuse_tokens(files)
     return files, facts
 
 
+def _exported(folder: Path) -> dict[str, _Content]:
+    """The folder of files for other runtimes that was made from a model folder, in it or in its run folder. Raises `UserError` for one
+    that was made from other weights."""
+    places = (place / EXPORT for place in (folder, run_folder.run_of(folder)) if place is not None)
+    found = next((place for place in places if (place / EXPORT_RECORD).is_file()), None)
+    if found is None:
+        return {}
+    made_from = run_folder.read_json(found / EXPORT_RECORD).get("weights_sha256")
+    if made_from != client.content_hash(folder / WEIGHTS, git=False):
+        raise UserError(f"{found} has files of other weights than {folder}: export again, or delete it")
+    inside = sorted(path for path in found.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {
+        f"{EXPORT}/{path.relative_to(found).as_posix()}": path.read_bytes() if path.suffix in _TEXTS else path
+        for path in inside
+    }
+
+
 def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
     """Name and public content of each record in a folder. `model` is "best" or "last": of the other one nothing is published."""
-    run = _public(plain(read_yaml(folder / CONFIG)))
+    run = public(plain(read_yaml(folder / CONFIG)))
     run.pop("hub", None)  # where its author uploaded to
     yield CONFIG, dump_yaml(run).encode()
     other = {run_folder.BEST: run_folder.LAST, run_folder.LAST: run_folder.BEST}.get(model or "")
@@ -338,7 +359,7 @@ def _records(folder: Path, model: str | None) -> Iterator[tuple[str, bytes]]:
             content = run_folder.read_json(folder / name)
             if name == run_folder.VALIDATION and other and isinstance(content, list):
                 content = [row for row in content if not (isinstance(row, dict) and _is_of(row, other))]
-            yield name, _as_json(_public(content))
+            yield name, _as_json(public(content))
     if (folder / run_folder.METRICS).is_file():
         yield run_folder.METRICS, (folder / run_folder.METRICS).read_bytes()
 
@@ -347,13 +368,13 @@ def _is_of(row: Mapping[str, Any], model: str) -> bool:
     return Path(str(row.get("model", ""))).name == model
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
     """The value without what concerns only the machine it was written on; absolute paths are cut to their last part."""
     if isinstance(value, Mapping):
         kept = {key: item for key, item in value.items() if key not in _PRIVATE_KEYS}
-        return {key: item if key in _NAMES_OF_CLASSES else _public(item) for key, item in kept.items()}
+        return {key: item if key in _NAMES_OF_CLASSES else public(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
+        return [public(item) for item in value]
     if isinstance(value, str) and (match := _ABSOLUTE.match(value)):
         return (match["source"] or "") + _last_part(value)
     if isinstance(value, str):

@@ -108,6 +108,7 @@ class Classification(Task):
         "top5": Metric("top-5", "%"),
         "macro_f1": Metric("macro-F1", "%"),
     }
+    output_name = "logits"
     logits_axis = 1
 
     def __init__(

@@ -238,12 +238,14 @@ class Task(ABC):
         Augment: Dataclass of the YAML's `augment` section, derived from `Augment`.
         metrics: Name -> Metric of what the evaluator measures. The first is what "best" and `train.patience` refer to; an instance may
             have another order.
+        output_name: What the model's output is called in exported files.
         logits_axis: Axis of the model's output along which it holds logits of classes (for distillation); None if it holds none.
     """
 
     Config: ClassVar[type]
     Augment: ClassVar[type[Augment]] = Augment
     metrics: Mapping[str, Metric]
+    output_name: ClassVar[str] = "output"
     logits_axis: ClassVar[int | None] = None
 
     start_note: str = ""
