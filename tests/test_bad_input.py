@@ -89,7 +89,7 @@ VALIDATING = {
     "classes that the model doesn't know": (["--model", "{animals}"], "the model doesn't know 1 of the data's 2 classes"),
     "no exported file there": (["--model", "{out}/none.onnx"], "there is no file"),
     "damaged exported file": (["--model", "{cut.onnx}", "--like", "{two}"], "cannot open"),
-    "exported file without its config": (["--model", "{cut.onnx}"], "no preprocessing config found for"),
+    "damaged exported file alone": (["--model", "{cut.onnx}"], "cannot open"),
     "model without a classifier": (["--model", "{headless}"], "has no classifier to predict with"),
 }  # fmt: skip
 

@@ -110,7 +110,8 @@ def test_a_warmup_gives_way_in_a_short_run():
         config = RunConfig(model=ModelConfig(name="a"), optim=optim, train=TrainConfig(epochs=epochs))
         return config.resolve_for_processes(1).optim.warmup_epochs
 
-    assert resolved(10, 5) == 5
+    assert resolved(10, 2) == 2
+    assert resolved(10, 5) == 1
     assert resolved(5, 5) == 0.5
     assert resolved(1, 20) == pytest.approx(0.1)
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from ..errors import UserError
 from ..run_folder import EXPORT_RECORD
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ._graph import Graph
 
 Record = Mapping[str, Any]
@@ -35,7 +35,7 @@ RECORD_KEYS = (
 )
 """Keys of a record. The first, this package's version, tells one from other metadata."""
 
-Runner = Callable[[np.ndarray], list[np.ndarray]]
+Runner = Callable[["np.ndarray"], "list[np.ndarray]"]
 """One array of images, as the file takes them -> its outputs, which later calls don't overwrite."""
 
 

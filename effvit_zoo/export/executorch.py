@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .contract import MARK, RECORD_KEYS, Converted, Opened, Record, Target, as_texts, from_texts, need
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ._graph import Graph
 
 README = """\

@@ -10,11 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .contract import RECORD, Converted, Opened, Record, Target, need
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ._graph import Graph
 
 README = """\
@@ -78,6 +78,8 @@ def _plain_kernels() -> Any:
 
 
 def open_litert(path: Path, threads: int) -> Opened:
+    import numpy as np
+
     interpreter = need("ai_edge_litert.interpreter", "litert").Interpreter(str(path), num_threads=threads)
     interpreter.allocate_tensors()
     (entry,) = interpreter.get_input_details()

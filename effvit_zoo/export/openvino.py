@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .contract import MARK, RECORD_KEYS, Converted, Opened, Record, Target, as_texts, from_texts, need
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ._graph import Graph
 
 README = """\
@@ -82,6 +82,8 @@ def model_info(record: Record) -> dict[str, str]:
 
 def open_openvino(path: Path, threads: int) -> Opened:
     """An OpenVINO or ONNX file, computed in float32."""
+    import numpy as np
+
     openvino = need("openvino", "openvino")
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)

@@ -6,11 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .contract import RECORD, Converted, Opened, Record, Target
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ._graph import Graph
 
 README = """\
