@@ -3,7 +3,7 @@
 A run folder holds what one training produced:
 
     config.yaml  summary.json  metrics.csv  curves.png  report.html  validation.json  data.json.gz  tensorboard/
-    best/  last/                     model folders, of the best and of the last epoch
+    probe/  best/  last/             model folders: the linear probe where the run begins with one, the best and the last epoch
     checkpoints/step-00000500/       resumable state
 
 A model folder is timm's local-dir format: config.json and model.safetensors. A published one also holds README.md (the card) and,
@@ -27,9 +27,11 @@ from .errors import UserError
 CONFIG, SUMMARY, METRICS, VALIDATION = "config.yaml", "summary.json", "metrics.csv", "validation.json"
 DATA = "data.json.gz"
 """Names of the images that a run was started with; they stay on the machine."""
+FEATURES = "features.safetensors"
+"""What a linear probe is solved on, until the first checkpoint."""
 CURVES, REPORT = "curves.png", "report.html"
-BEST, LAST, CHECKPOINTS, STATE, LOCK = "best", "last", "checkpoints", "state.json", ".lock"
-RESULTS = (SUMMARY, METRICS, BEST, LAST, f"{CHECKPOINTS}/step-*")
+PROBE, BEST, LAST, CHECKPOINTS, STATE, LOCK = "probe", "best", "last", "checkpoints", "state.json", ".lock"
+RESULTS = (SUMMARY, METRICS, PROBE, BEST, LAST, f"{CHECKPOINTS}/step-*")
 """What a run has to lose, as patterns: a new run doesn't start where one of these is."""
 
 MODEL_CONFIG, WEIGHTS, CARD, RECORDS = "config.json", "model.safetensors", "README.md", "training"
@@ -94,7 +96,7 @@ def _lock(file: Any) -> None:
 
 def run_of(model_folder: Path) -> Path | None:
     """The run folder that a model folder belongs to, or None."""
-    inside = model_folder.name in (BEST, LAST) and (model_folder.parent / CONFIG).is_file()
+    inside = model_folder.name in (PROBE, BEST, LAST) and (model_folder.parent / CONFIG).is_file()
     return model_folder.parent if inside else None
 
 

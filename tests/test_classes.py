@@ -120,9 +120,10 @@ def tagged(folder, names, **kwargs):
 )
 def test_rows_follow_the_names(name, wanted, bias, note, tmp_path):
     folder = tagged(tmp_path / "start", ("ant", "bee", "cat"), name=name)
-    model, said = hub.load_for_classes(str(folder), len(wanted), wanted, pretrained=True)
+    model, said, is_new = hub.load_for_classes(str(folder), len(wanted), wanted, pretrained=True)
     assert said.startswith("classifier: ")
     assert note in said
+    assert is_new == (bias is None)
     source = hub.load(folder)
     if bias is None:
         assert model.head.bias.detach().eq(0).all()  # as the family initialises it
@@ -139,7 +140,7 @@ def test_rows_follow_the_names(name, wanted, bias, note, tmp_path):
 
 def test_by_position_where_it_is_asked_for(tmp_path):
     folder = tagged(tmp_path / "start", ("ant", "bee", "cat"))
-    model, said = hub.load_for_classes(str(folder), 2, ("x", "y"), pretrained=True, by_position=True)
+    model, said, _ = hub.load_for_classes(str(folder), 2, ("x", "y"), pretrained=True, by_position=True)
     assert model.head.bias.tolist() == [0, 1]
     assert "by position" in said
 

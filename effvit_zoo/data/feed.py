@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -51,6 +52,10 @@ class Feed(Protocol):
 
     def val_batches(self, process: int) -> Iterable[Batch]:
         """This process's share of the validation images; for `loader.readable`."""
+
+    def plain_batches(self, process: int, most: int) -> Iterable[Batch]:
+        """This process's share of the training images, prepared like validation images, in stored order; for `loader.readable`. Of
+        more than `most` images that number is taken: evenly from each group of the source, the first ones of a stream."""
 
     def describe(self) -> dict[str, int | None]:
         """train_images and val_images, None where a stream doesn't know."""
@@ -109,6 +114,15 @@ class PlannedFeed(_Feed):
         plan = self.plan
         return validation_batches(
             self.splits.val, self.transforms.val, plan.batch_size, self.num_workers, process, plan.num_processes
+        )
+
+    def plain_batches(self, process: int, most: int) -> DataLoader:
+        source: Any = self.splits.train
+        if len(source) > most:
+            source = source.select(spread_rows(source.groups(), len(source), most))
+        plan = self.plan
+        return validation_batches(
+            source, self.transforms.val, plan.batch_size, self.num_workers, process, plan.num_processes
         )
 
 
@@ -201,6 +215,16 @@ class StreamFeed(_Feed):
             self.splits.val, self.transforms.val, self.batch_size, self.num_workers, process, self.num_processes
         )
 
+    def plain_batches(self, process: int, most: int) -> Iterator[Batch]:
+        train, transform, size, processes = self.train, self.transforms.val, self.batch_size, self.num_processes
+        train.set_epoch(0)
+        if train.sequence is None:
+            loader = validation_batches(train, transform, size, self.num_workers, process, processes)
+            return itertools.islice(loader, max(1, most // (size * processes)))
+        plan = BatchPlan(min(most, train.sequence.num_samples), size, processes)
+        batches = StreamedBatches(train, transform, plan.batch_sizes(process), plan.offset(process))
+        return iter(stream_loader(batches, self.num_workers))
+
 
 def make_feed(
     splits: DataSplits,
@@ -277,6 +301,15 @@ def validation_batches(
     plan = BatchPlan(source.sequence.num_samples, batch_size, num_processes)
     batches = StreamedBatches(source, transform, plan.batch_sizes(process), plan.offset(process))
     return stream_loader(batches, num_workers)
+
+
+def spread_rows(groups: np.ndarray | None, images: int, number: int) -> np.ndarray:
+    """Ascending indices of at most `number` images, evenly from each group in its stored order, and at least the first of each."""
+    groups = np.zeros(images, dtype=np.int64) if groups is None else groups
+    order = np.argsort(groups, kind="stable")
+    firsts = np.searchsorted(groups[order], np.unique(groups))
+    evenly = np.linspace(0, images, max(0, number - len(firsts)), endpoint=False).astype(np.int64)
+    return np.sort(order[np.union1d(firsts[:number], evenly)])
 
 
 def count_images(source: AnySource) -> int | None:

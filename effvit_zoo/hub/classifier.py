@@ -28,7 +28,7 @@ def load_for_classes(
     pretrained: bool,
     by_position: bool = False,
     **kwargs: Any,
-) -> tuple[nn.Module, str]:
+) -> tuple[nn.Module, str, bool]:
     """A model with an output for each class of a data set, in its order.
 
     The classifier that comes with the weights is kept where it has all the classes by name, with its rows in the data's order.
@@ -43,14 +43,14 @@ def load_for_classes(
         kwargs: As in `load`.
 
     Returns:
-        The model, and what became of the classifier, "" without weights.
+        The model, what became of the classifier ("" without weights), and whether it is a new one.
 
     Raises:
         UserError: As `load`.
     """
     kwargs |= {"num_classes": num_classes}
     if not pretrained or wanted is None:
-        return load(name, pretrained=pretrained, **kwargs), ""
+        return load(name, pretrained=pretrained, **kwargs), "", not pretrained
     cfg = classes_of(name, **{key: kwargs[key] for key in ("architecture", "key") if key in kwargs})
     count = int(cfg.get("num_classes") or 0)
     match = _match(wanted, cfg, count, by_position)
@@ -62,7 +62,7 @@ def load_for_classes(
     if match.order is None and count == num_classes:
         _take_rows(model, load(name, pretrained=False, **kwargs), range(num_classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": [*wanted], "label_descriptions": None}
-    return model, _note(match, cfg, len(wanted), count)
+    return model, _note(match, cfg, len(wanted), count), match.order is None
 
 
 def classes_of(name: str, **of_file: Any) -> Mapping[str, Any]:

@@ -11,8 +11,10 @@ from ..errors import unknown_choice
 from ..hub import CardFacts
 from ..run_folder import EXTRA_KEY
 from .classification import Classification as Classification
+from .contract import Difference as Difference
 from .contract import Evaluation as Evaluation
 from .contract import Evaluator as Evaluator
+from .contract import HeadSolver as HeadSolver
 from .contract import Metric as Metric
 from .contract import Objective as Objective
 from .contract import Picture as Picture

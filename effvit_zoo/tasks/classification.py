@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,12 +35,12 @@ from ..viz.matrix import confusion_matrix
 from ..viz.predictions import annotate
 from ._augment import ImageAugment, Probability, image_transforms
 from ._card import classification_card
-from ._scores import TOP5_FROM, dense_counts, macro_f1, per_class, wilson_interval
-from .contract import Evaluation, Metric, Picture, Section, Table, Task, mean_over_images
+from ._classification_evaluator import ClassificationEvaluator
+from ._linear_probe import LinearProbe
+from ._scores import TOP5_FROM, dense_counts, paired_interval, per_class, wilson_interval
+from .contract import Difference, Metric, Picture, Section, Table, Task, mean_over_images
 
-WORST = 24  # mistakes that are kept for the report
 SPELT = 20  # names in a note
-EXAMPLES = 12  # images that stand for all in the report
 ISOLATE, POP = "\u2068", "\u2069"  # around a name, whose script may run from right to left
 UNEQUAL = 2  # ratio of the largest to the smallest class from which on the run warns
 MANY_CLASSES, FIRST_CLASSES = 12, 5  # number from which on a list of classes is shortened, and to how many
@@ -209,8 +208,11 @@ class Classification(Task):
         if (given := kwargs.get("num_classes", self.num_classes)) != self.num_classes:
             raise UserError(f"model.kwargs.num_classes is {given}, the data has {self.num_classes} classes")
         options = {"pretrained": pretrained, "by_position": self.config.classes == "position", **kwargs}
-        model, self.start_note = hub.load_for_classes(name, self.num_classes, self.labels, **options)
+        model, self.start_note, self.new_outputs = hub.load_for_classes(name, self.num_classes, self.labels, **options)
         return model
+
+    def head_solver(self, model: nn.Module) -> LinearProbe:
+        return LinearProbe(model, self.num_classes, self.augment.hflip > 0, self.class_weights)
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -256,6 +258,12 @@ class Classification(Task):
 
     def evaluator(self, device: torch.device) -> ClassificationEvaluator:
         return ClassificationEvaluator(device)
+
+    def difference(self, details: Mapping[str, Any], before: Mapping[str, Any]) -> Difference | None:
+        if not (details.get("hits") and before.get("hits")):
+            return None
+        *shares, images = paired_interval(details["hits"], before["hits"])
+        return Difference(self.metrics["top1"].title, *(100 * share for share in shares), images)
 
     def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Top-1 with its interval, macro-F1, and what always naming the largest class would give."""
@@ -332,63 +340,6 @@ class Classification(Task):
         return annotate(image, labels, [row["probability"] for row in rows])
 
 
-class ClassificationEvaluator:
-    """Top-1, top-5, macro-F1 and loss, counts of (true class, predicted class), the most confident mistakes, and examples.
-
-    Memory is linear in the number of images, not quadratic in the number of classes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, loss, top-1 hits, top-5 hits
-        self.pairs: list[Tensor] = []  # (B, 2) true and predicted class, per batch
-        self.worst = torch.full((WORST, 5), -1.0, dtype=torch.float64, device=device)  # rows as in `_first`
-        self.examples = torch.full((EXAMPLES, 5), -1.0, dtype=torch.float64, device=device)
-
-    def update(self, output: Tensor, batch: Batch) -> None:
-        logits, target = output.float().to(self.sums.device), batch.target.to(self.sums.device)
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = ranked == target[:, None]
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        images = torch.tensor(float(len(target)), device=self.sums.device)
-        self.sums += torch.stack([images, loss, hits[:, 0].sum(), hits.sum()])
-        self.pairs.append(torch.stack([target, ranked[:, 0]], dim=1))
-        predicted, index = ranked[:, 0], batch.index.to(target.device)
-        probability = logits.softmax(1).gather(1, predicted[:, None])[:, 0].double()
-        answers = torch.stack([probability, index.double(), target.double(), predicted.double()], dim=1)
-        self.worst = _first(self.worst, torch.where(predicted == target, -1.0, probability), answers)
-        self.examples = _first(self.examples, (index * 2654435761 % 2**32).double(), answers)  # as good as random
-
-    def totals(self) -> dict[str, Tensor]:
-        return dict(zip(("images", "loss", "top1", "top5"), self.sums.unbind(), strict=True))
-
-    def rows(self) -> list[Any]:
-        cells = Counter(map(tuple, torch.cat(self.pairs).tolist())) if self.pairs else Counter()
-        kept = [[row for row in rows.tolist() if row[0] >= 0] for rows in (self.worst, self.examples)]
-        return [(cells, *kept)]
-
-    def result(self, totals: Mapping[str, Tensor], rows: list[Any]) -> Evaluation:
-        images = float(totals["images"])
-        cells: Counter[tuple[int, int]] = Counter()
-        mistakes: list[list[float]] = []
-        examples: list[list[float]] = []
-        for counted, worst, some in rows:
-            cells.update(counted)
-            mistakes += worst
-            examples += some
-        counts = [[true, predicted, count] for (true, predicted), count in sorted(cells.items())]
-        metrics = {name: 100 * float(totals[name]) / images for name in ("top1", "top5")}
-        return Evaluation(
-            images=int(images),
-            metrics={**metrics, "macro_f1": macro_f1(counts), "loss": float(totals["loss"]) / images},
-            details={
-                "cells": counts,
-                "mistakes": [row[1:] for row in sorted(mistakes, reverse=True)[:WORST]],
-                "examples": [row[1:] for row in sorted(examples, reverse=True)[:EXAMPLES]],
-            },
-        )
-
-
 def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
     """The classes with their numbers of training and validation images; of many classes the first, the largest and the smallest."""
     held = np.bincount(val.targets, minlength=len(names)) if isinstance(val, ImageSource) else None
@@ -401,15 +352,6 @@ def _class_note(names: Sequence[str], train: np.ndarray, val: AnySource) -> str:
 
 def _shortened(items: Sequence[str]) -> list[str]:
     return list(items) if len(items) <= MANY_CLASSES else [*items[:FIRST_CLASSES], f"... ({len(items)} classes)"]
-
-
-def _first(kept: Tensor, rank: Tensor, answers: Tensor) -> Tensor:
-    """The rows of the highest ranks, among those so far and a batch's, as many as there were; nothing is read back from the device.
-
-    Rows are: rank (-1 for none), probability of the predicted class, index of the image, true class, predicted class.
-    """
-    rows = torch.cat([kept, torch.cat([rank[:, None], answers], dim=1)])
-    return rows[rows[:, 0].topk(len(kept)).indices]
 
 
 def balanced_weights(targets: np.ndarray, num_classes: int) -> Tensor:

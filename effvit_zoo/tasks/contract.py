@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..config import section
 from ..data import AnySource, Batch, DataConfig, DataSplits, Measured, Transforms
+from ..errors import UserError
 from ..hub import CardFacts
 from ._scores import wilson_interval
 
@@ -95,6 +96,49 @@ class Evaluator(Protocol):
 
     def result(self, totals: Mapping[str, Tensor], rows: list[Any]) -> Evaluation:
         """The evaluation, from the sums and items of all processes; `seconds` is filled in by the caller."""
+
+
+class HeadSolver(Protocol):
+    """Finds the outputs' layer of a model from frozen features, without training. Rows of all images are given to `solve` at once.
+
+    Attributes:
+        most_images: Images that it can take.
+    """
+
+    @property
+    def most_images(self) -> int: ...
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """Rows (B, ...) of a batch, on the CPU, from the model in eval mode. Raises `UserError` where the model isn't as expected."""
+
+    def solve(self, rows: Mapping[str, Tensor]) -> str:
+        """Sets the layer from the rows of all images, in their order, and says how. Raises `UserError` where there is no solution."""
+
+    def parameters(self) -> list[Tensor]:
+        """What `solve` sets."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much better one evaluation is than another of the same images, by a share of the images.
+
+    Attributes:
+        title: The metric, e.g. "top-1".
+        points: Difference in percentage points.
+        low, high: Its 95 % interval, from the images that only one of the two gets right.
+        images: Number of images.
+    """
+
+    title: str
+    points: float
+    low: float
+    high: float
+    images: int
+
+    def __str__(self) -> str:
+        """E.g. "top-1 +1.41 points (95 % interval -0.43 to 3.25, 495 images)"."""
+        interval = f"95 % interval {self.low:.2f} to {self.high:.2f}"
+        return f"{self.title} {self.points:+.2f} points ({interval}, {self.images:,} images)"
 
 
 @dataclass(frozen=True)
@@ -199,6 +243,8 @@ class Task(ABC):
 
     start_note: str = ""
     """What became of the outputs of the weights that training starts from, for the user; "" where there is nothing to say."""
+    new_outputs: bool = True
+    """Whether the outputs' layer is a new one, not that of the weights that training starts from."""
 
     # data
 
@@ -254,7 +300,11 @@ class Task(ABC):
 
     @abstractmethod
     def build(self, name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
-        """The model to train, with outputs for this task's targets; may set `start_note`. Raises `UserError`."""
+        """The model to train, with outputs for this task's targets; may set `start_note` and `new_outputs`. Raises `UserError`."""
+
+    def head_solver(self, model: nn.Module) -> HeadSolver:
+        """What solves for the outputs' layer. Raises `UserError`, which says what stands in the way, where nothing can."""
+        raise UserError("this task has none")
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -322,6 +372,11 @@ class Task(ABC):
             for name, metric in self.metrics.items()
             if metric.is_share and name in metrics
         }
+
+    def difference(self, details: Mapping[str, Any], before: Mapping[str, Any]) -> Difference | None:
+        """How much better an evaluation is than an earlier one of the same images, from their `Evaluation.details`; None where that
+        isn't known."""
+        return None
 
     def result(self, metrics: Mapping[str, float], details: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The lines of a report's summary that say how good the model is: name -> text. The first is the most important.

@@ -41,10 +41,14 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the images of the current epoch: their number ("images"), the loss and the task's values."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """A row per finished epoch."""
+    """A row per validated epoch; a linear probe is epoch 0."""
     best_epoch: int = -1
     best: dict[str, Any] = field(default_factory=dict)
     """Evaluation of the best epoch: its `metrics` and `details`."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """Evaluation of the linear probe, empty without one."""
+    tuned: dict[str, Any] = field(default_factory=dict)
+    """Evaluation of the best epoch after the probe, with its number `epoch`; empty without a probe."""
     seconds: float = 0.0
     """Wall-clock time of the run, summed over its parts."""
     bad_files: dict[str, str] = field(default_factory=dict)
@@ -53,12 +57,21 @@ class RunState:
     """Steps that changed nothing, because their loss was not finite."""
     skipped_in_a_row: int = 0
 
+    @property
+    def epoch(self) -> int:
+        """The last validated epoch, 0 before the first."""
+        return self.history[-1]["epoch"] if self.history else 0
+
     def consider(self, epoch: int, result: Evaluation, name: str, metric: Metric) -> bool:
         """Keeps an epoch's evaluation if it is the best so far by the named metric; whether it is."""
         better = metric.is_better(result.metrics[name], self.best["metrics"][name] if self.best else None)
         if better:
             self.best_epoch = epoch
             self.best = {"metrics": result.metrics, "details": result.details}
+        if not epoch:
+            self.probe = self.best
+        elif self.probe and metric.is_better(result.metrics[name], self.tuned["metrics"][name] if self.tuned else None):
+            self.tuned = {"epoch": epoch, "metrics": result.metrics, "details": result.details}
         return better
 
 

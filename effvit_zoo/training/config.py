@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from timm.optim import list_optimizers
 
 from .. import config as strict
-from .. import run_folder, tasks
+from .. import hub, run_folder, tasks
 from ..config import one_of, section
 from ..data.config import DataConfig
 from ..errors import UserError, unknown_choice
@@ -142,6 +142,12 @@ class TrainConfig:
     """Number of images per optimizer step over all processes, from which `grad_accum` follows; null for `grad_accum` as given."""
     seed: CountOrZero = 0
     """Seed of initial weights, order and augmentation."""
+    head_init: Literal["probe", "random"] | None = None
+    """How new outputs start: solved on the trained network's features (`probe`), which is the run's first result, or `random`. Null for
+    a probe where training starts from trained weights and their outputs don't fit the data, so that these are new."""
+    batchnorm: Literal["fixed", "train"] | None = None
+    """BatchNorm in training: with the statistics of the trained weights (`fixed`) or of each batch (`train`). Null for fixed where
+    training starts from trained weights with a `batch_size` below 128."""
     freeze_epochs: CountOrZero = 0
     """Number of initial epochs that train only the classifier; the backbone's BatchNorms use their stored statistics meanwhile."""
     patience: CountOrZero = 0
@@ -226,6 +232,11 @@ class RunConfig:
             if late:
                 raise ValueError(f"optim.{name} is {late[0]:g}, expected fewer than train.epochs ({epochs})")
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training starts from trained weights. Raises `UserError` for a model that there isn't."""
+        return self.model.pretrained or hub.brings_weights(self.model.name)
+
     def resolve_for_processes(self, num_processes: int) -> RunConfig:
         """This config with `grad_accum` and `lr` computed from `global_batch`, `lr_base_batch` and the number of processes, and with
         a warm-up that fits into the run and rates at both ends that are not above the peak.
@@ -280,11 +291,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run folder. Where it is of a version without `data.split_seed`, the split came from `train.seed`."""
+    """The config of a run folder. Settings of a version that did not have them yet are what it did: `data.split_seed` was `train.seed`,
+    BatchNorm was trained, and no run began with a probe."""
     content = strict.read_yaml(folder / run_folder.CONFIG)
     data, train = content.get("data") or {}, content.get("train") or {}
     if isinstance(data, dict) and isinstance(train, dict) and "seed" in train and "split_seed" not in data:
         content["data"] = {**data, "split_seed": train["seed"]}
+    if isinstance(train, dict) and "seed" in train:
+        content["train"] = {"head_init": "random", "batchnorm": "train", **train}
     return _complete(content, overrides)
 
 

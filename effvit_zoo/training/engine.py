@@ -26,12 +26,14 @@ from tqdm import tqdm
 from ..data import Batch, Feed, seed_everything
 from ..errors import UserError
 from ..evaluation.loop import evaluate
-from ..tasks import Evaluation, Metric, Objective, Task
+from ..tasks import Evaluation, Objective, Task
 from .checkpoint import RunState, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .freezing import FrozenBackbone
+from .console import epoch_line, shown
+from .freezing import FrozenBackbone, fixed_norms
 from .guards import BufferSnapshot, SigtermWatch, save_batches, watched_loader
 from .optim import make_optimizer, make_scheduler
+from .probe import forget_features, plan_probe, run_probe
 from .recorder import Recorder
 from .report import RunReport, resume_command
 
@@ -86,6 +88,7 @@ class Loop:
         self.model = model.to(accelerator.device)  # what is validated and saved
         if train.channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.probe = plan_probe(task, self.model, config, self.sharded)
         trainable = objective.trainable(self.model)
         self.wraps_model = trainable is not self.model
         # FSDP's shards are gathered into this copy, without values until then
@@ -96,6 +99,7 @@ class Loop:
         if train.freeze_epochs:
             until_step = train.freeze_epochs * feed.steps_per_epoch
             self.freezer = FrozenBackbone(self.model, until_step, wrapped=accelerator.num_processes > 1)
+        self.fixed_norms = fixed_norms(self.model, config)
         self.buffers = BufferSnapshot(self.model)
         self.sigterm = SigtermWatch()
         self.stop_now = False  # SIGTERM reached one of the processes
@@ -129,7 +133,7 @@ class Loop:
                 f"(train.batch_size x train.grad_accum x processes): keep this product unchanged"
             )
         if state.steps_per_epoch not in (0, steps_per_epoch):  # other images, which were allowed: begin the epoch again
-            state.step, state.sums = len(state.history) * steps_per_epoch, {}
+            state.step, state.sums = state.epoch * steps_per_epoch, {}
         state.steps_per_epoch = steps_per_epoch
         self.scheduler.step_update(state.step)
         return state
@@ -160,10 +164,12 @@ class Loop:
         loader = self.feed.train_batches(self.accelerator.process_index, state.step, self.total_steps)
         batches = watched_loader(loader)
         self._report_progress()
+        if not state.history and not state.step:
+            self._start_from_probe()
         with self.sigterm, self._progress_bar() as bar:
             while True:
                 epochs, steps_into_epoch = divmod(state.step, per_epoch)
-                if steps_into_epoch == 0 and len(state.history) < epochs:
+                if steps_into_epoch == 0 and state.epoch < epochs:
                     line = self._end_epoch(epochs)
                     if self.accelerator.is_main_process:
                         bar.write(line)
@@ -185,6 +191,19 @@ class Loop:
         model = self.validated_model if self.unsharded is None else self._inner(self.unsharded)
         return FitResult(state, model, self._rate())
 
+    def _start_from_probe(self) -> None:
+        """Gives new outputs their first weights where the run begins with a linear probe, which is its epoch 0."""
+        how = run_probe(self.probe, self.model, self.feed, self.config, self.accelerator, self.folder, self._note_bad)
+        if how is None:
+            return
+        if self.ema is not None:
+            self.ema.set(self.model)
+        self.accelerator.print(f"{self._end_epoch(0)} ({how})")
+        self._save_checkpoint()
+        if self.accelerator.is_main_process:
+            forget_features(self.folder)
+        self._report_progress()
+
     def _report_progress(self) -> None:
         if self.report is not None:
             self.report.progress(self.state)
@@ -203,7 +222,7 @@ class Loop:
 
     def _is_finished(self) -> bool:
         state, patience = self.state, self.config.train.patience
-        stalled = bool(state.history) and len(state.history) - state.best_epoch >= patience > 0
+        stalled = bool(state.history) and state.epoch - state.best_epoch >= patience > 0
         return state.step >= self.total_steps or stalled
 
     def _checkpoint_and_exit(self, bar: tqdm) -> None:
@@ -226,6 +245,8 @@ class Loop:
         before = {name: value.clone() for name, value in self.sums.items()}
         self.buffers.take()
         self.module.train()
+        for norm in self.fixed_norms:
+            norm.eval()
         if self.freezer is not None:
             self.freezer.before_step(step)
         step_batches: list[Batch] = []
@@ -332,9 +353,9 @@ class Loop:
         """Advances the bar; values are read from the device only when it is redrawn."""
         rate = self.images_since_start / self.step_seconds
         if bar.update():
-            shown = [f"loss {values['loss'].item():.3f}"]
-            shown += [_shown(self.task, name, v.item(), digits=1) for name, v in values.items() if name != "loss"]
-            bar.set_postfix_str(", ".join([*shown, f"{rate:.0f} images/s"]), refresh=False)
+            parts = [f"loss {values['loss'].item():.3f}"]
+            parts += [shown(self.task, name, v.item(), digits=1) for name, v in values.items() if name != "loss"]
+            bar.set_postfix_str(", ".join([*parts, f"{rate:.0f} images/s"]), refresh=False)
         if self.state.step % TRACK_EVERY == 0:
             tracked = {f"step/{name}": value.item() for name, value in values.items()}
             tracked |= {"step/lr": self._lr(), "step/images_per_second": rate}
@@ -352,7 +373,7 @@ class Loop:
     def _end_epoch(self, epoch: int) -> str:
         """Validates, records the epoch and saves the model folders; returns the line to print."""
         sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self.sums.items())}
-        images = sums.pop("images")
+        images = sums.pop("images", 0.0)
         self.sums = {}
         result = self._validate()
         state = self.state
@@ -360,22 +381,25 @@ class Loop:
         row = {
             "epoch": epoch,
             "step": state.step,
-            "lr": self._lr(),
+            "lr": self._lr() if epoch else None,
+            "train_loss": None,  # of the probe
             **{f"train_{name}": value / images for name, value in sums.items()},
             "val_loss": result.metrics["loss"],
             **metrics,
-            "images_per_second": self._rate(),
+            "images_per_second": self._rate() if epoch else None,
             "seconds": self._seconds(),
         }
         state.history.append(row)
         self._gather_bad_files()
         is_best = state.consider(epoch, result, *next(iter(self.task.metrics.items())))
-        values = {f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step")}
+        values = {
+            f"epoch/{key}": value for key, value in row.items() if key not in ("epoch", "step") and value is not None
+        }
         self.accelerator.log(values, step=state.step)
         saved = self._gathered_model()
         if self.accelerator.is_main_process:
             self.recorder.record(saved, state.history, result, is_best)
-        return _epoch_line(self.task, row, self.config.train.epochs, is_best)
+        return epoch_line(self.task, row, self.config.train.epochs, is_best)
 
     def _gathered_model(self) -> nn.Module:
         """The model to save. FSDP's shards are gathered on the main process; call it on every process."""
@@ -420,21 +444,3 @@ class Loop:
         }
         self.state.seconds = self._seconds()
         save_checkpoint(self.folder, self.accelerator, self.ema, self.state, self.config.train.keep_checkpoints)
-
-
-def _shown(task: Task, name: str, value: float, digits: int | None = None) -> str:
-    """A named value for people, e.g. "top-1 87.95 %"."""
-    metric = task.metrics.get(name, Metric(name.replace("_", " "), digits=3))
-    return f"{metric.title} {metric.show(value, digits)}"
-
-
-def _epoch_line(task: Task, row: dict[str, Any], epochs: int, is_best: bool) -> str:
-    trained = [
-        _shown(task, name.removeprefix("train_"), value, digits=1)
-        for name, value in row.items()
-        if name.startswith("train_") and name != "train_loss"
-    ]
-    validated = [_shown(task, name, row[name]) for name in task.metrics]
-    training = ", ".join([f"train loss {row['train_loss']:.3f}", *trained])
-    validation = ", ".join([f"validation loss {row['val_loss']:.3f}", *validated])
-    return f"epoch {row['epoch']:3d}/{epochs}: {training} | {validation}{' (best so far)' if is_best else ''}"

@@ -1,4 +1,4 @@
-"""Training only the classifier in the first epochs, so that a new head's large gradients don't destroy the backbone's weights."""
+"""What keeps a trained backbone's weights from being destroyed: frozen first epochs, and BatchNorms that keep their statistics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
+from .config import RunConfig
+
+SMALL_BATCH = 128
+"""Images from which on a batch's statistics may take the place of those of trained weights."""
+
+
+def fixed_norms(model: nn.Module, config: RunConfig) -> list[_BatchNorm]:
+    """BatchNorms that keep their statistics while the model is trained, as `train.batchnorm` says; put them into eval mode.
+
+    Those that have none yet, of layers that the trained weights didn't have, are not among them.
+    """
+    small = config.starts_trained and config.train.batch_size < SMALL_BATCH
+    if config.train.batchnorm == "train" or (config.train.batchnorm is None and not small):
+        return []
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None and bool(norm.running_mean.any())]
 
 
 class FrozenBackbone:

@@ -17,6 +17,7 @@ from ..data import MODES, Feed, make_feed
 from ..errors import UserError, one_line
 from ..tasks import TASKS, Task
 from .config import RunConfig
+from .freezing import fixed_norms
 from .optim import check_optim
 
 RESERVED = frozenset({"checkpoint_path", "device", "features_only", "name", "out_indices", "scriptable"})
@@ -94,14 +95,13 @@ def build_model(config: RunConfig, task: Task | None) -> nn.Module:
     name, size, kwargs = config.model.name, config.data.img_size, config.model.kwargs
     for given in kwargs.keys() & RESERVED:
         raise UserError(f"model.kwargs.{given} is not a setting of the network, expected none")
-    pretrained = config.model.pretrained or hub.brings_weights(name)
     if config.model.architecture is not None:
         kwargs = kwargs | {"architecture": config.model.architecture}
 
     def build(**sized: Any) -> Any:
         if task is None:
-            return hub.load(name, pretrained=pretrained, **kwargs, **sized)
-        return task.build(name, pretrained, {**kwargs, **sized})
+            return hub.load(name, pretrained=config.starts_trained, **kwargs, **sized)
+        return task.build(name, config.starts_trained, {**kwargs, **sized})
 
     model = build()
     if size is not None:
@@ -142,8 +142,11 @@ def try_single(model: nn.Module, size: Sequence[int], config: RunConfig) -> None
     modes = [(module, module.training) for module in model.modules()]
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
+        model.train()
+        for norm in fixed_norms(model, config):
+            norm.eval()
         with torch.no_grad():
-            model.train()(torch.zeros(1, *size, device=next(model.parameters()).device))
+            model(torch.zeros(1, *size, device=next(model.parameters()).device))
     except ValueError as error:
         batch, steps = config.train.batch_size, config.train.grad_accum
         raise UserError(

@@ -36,7 +36,8 @@ class Recorder:
         result: Evaluation,
         is_best: bool,
     ) -> None:
-        """Saves the model as `last/`, and as `best/` if it is; writes metrics.csv; uploads where wanted.
+        """Saves the model as `last/`, as `best/` if it is, and a linear probe, which is epoch 0, as `probe/`; writes metrics.csv; uploads
+        where wanted.
 
         Args:
             model: The validated model.
@@ -44,7 +45,9 @@ class Recorder:
             result: Evaluation of the last epoch.
             is_best: It improves on all before it.
         """
-        for name in (run_folder.BEST, run_folder.LAST) if is_best else (run_folder.LAST,):
+        is_probe = history[-1]["epoch"] == 0
+        places = {run_folder.PROBE: is_probe, run_folder.BEST: is_best, run_folder.LAST: True}
+        for name in (name for name, is_written in places.items() if is_written):
             hub.save(
                 model,
                 self.folder / name,

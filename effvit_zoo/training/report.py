@@ -14,7 +14,7 @@ from typing import Any
 from timm.layers.attention import Attention
 from torch import nn
 
-from .. import hub, run_folder
+from .. import run_folder
 from ..data import Feed
 from ..errors import one_line
 from ..measure import cost
@@ -66,7 +66,7 @@ class RunReport:
 
     def progress(self, state: RunState) -> None:
         """Writes the report of a run that goes on: at first without pictures, later with pictures but not each time it is called."""
-        done, epochs = len(state.history), self.config.train.epochs
+        done, epochs = state.epoch, self.config.train.epochs
         now = datetime.now().strftime("%Y-%m-%d %H:%M")
         status = f"Not finished: {done} of {epochs} epochs at {now}. If the run was interrupted, this continues it:"
         if done and time.monotonic() >= self.next_pictures:
@@ -79,7 +79,7 @@ class RunReport:
         reasons = {KeyboardInterrupt: "by Ctrl-C", SystemExit: "by a signal to stop"}
         reason = reasons.get(type(error), f"by an error ({one_line(error)})")
         steps = self.config.train.epochs * self.feed.steps_per_epoch
-        place = f"{len(state.history)} of {self.config.train.epochs} epochs, step {state.step:,} of {steps:,}"
+        place = f"{state.epoch} of {self.config.train.epochs} epochs, step {state.step:,} of {steps:,}"
         self.write(state, f"Interrupted {reason} after {place}. This continues it:", pictures=bool(state.history))
 
     def write(
@@ -99,8 +99,9 @@ class RunReport:
         headline, subline, result = "No epoch is finished yet", "", []
         if best:
             headline = f"{metric.title} {metric.show(best[name])}"
-            subline = f"on the validation images, at epoch {state.best_epoch} of {self.config.train.epochs}"
-            result = self.task.result(best, details)
+            epoch = f"at epoch {state.best_epoch} of {self.config.train.epochs}"
+            subline = f"on the validation images, {epoch if state.best_epoch else 'by the linear probe'}"
+            result = [*self.task.result(best, details), *probe_result(self.task, state)]
         folder = self.folder if pictures else None
         facts = {**self.facts(state), **(measured or {}), **environment()}
         page = Page(
@@ -137,7 +138,8 @@ class RunReport:
             **loss,
             "best_epoch": state.best_epoch if metrics else None,
             "epochs": self.config.train.epochs,
-            "epochs_run": len(state.history),
+            "epochs_run": state.epoch,
+            **probe_facts(self.task, state),
             "skipped_steps": state.skipped_steps,
             "steps": state.step,
             "seconds": state.seconds,
@@ -151,6 +153,36 @@ class RunReport:
         title = f"{metric.title}{f', {metric.unit}' if metric.unit else ''}"
         panels = [(title, f"train_{name}", name, metric.higher_is_better)]
         return [("Curves", "", single_curves(state.history, panels, self.loss, self.folder / run_folder.CURVES))]
+
+
+def probe_result(task: Task, state: RunState) -> list[tuple[str, str]]:
+    """The lines of a summary on the linear probe and on what training all layers made of it; none without a probe."""
+    if not state.probe:
+        return []
+    name, metric = next(iter(task.metrics.items()))
+    lines = [
+        (
+            "linear probe",
+            f"{metric.title} {metric.show(state.probe['metrics'][name])}, before the other layers were trained",
+        )
+    ]
+    if state.tuned:
+        reached = f"{metric.title} {metric.show(state.tuned['metrics'][name])} at epoch {state.tuned['epoch']}"
+        difference = task.difference(state.tuned["details"], state.probe["details"])
+        better = "fine-tuned" if state.best_epoch else "linear probe"
+        gain = f"; against the probe {difference}" if difference else ""
+        lines.append(("fine-tuning", f"{reached}{gain}; best/ is the {better} model"))
+    return lines
+
+
+def probe_facts(task: Task, state: RunState) -> dict[str, Any]:
+    """The same for summary.json."""
+    if not state.probe:
+        return {}
+    facts = {f"probe_{name}": state.probe["metrics"][name] for name in task.metrics}
+    if state.tuned and (gain := task.difference(state.tuned["details"], state.probe["details"])):
+        facts |= {"gain": gain.points, "gain_interval": [gain.low, gain.high]}
+    return facts
 
 
 def resume_command(folder: Path, processes: int = 1) -> str:
@@ -180,9 +212,7 @@ def mixers(model: nn.Module) -> str:
 def _settings(config: RunConfig, feed: Feed, model: nn.Module, processes: int) -> list[tuple[str, str]]:
     """The lines of the summary that say what was trained, and how."""
     optim, train = config.optim, config.train
-    weights = (
-        "trained weights" if config.model.pretrained or hub.brings_weights(config.model.name) else "random weights"
-    )
+    weights = "trained weights" if config.starts_trained else "random weights"
     parts = [f"{cost.count_params(model):,} parameters", mixers(model), f"starts from {weights}"]
     counts = feed.describe()
     images = " and ".join(

@@ -29,7 +29,7 @@ from .checkpoint import find_checkpoint
 from .config import RunConfig, load_config, load_run
 from .engine import FitResult, Loop
 from .prepare import Prepared, build_model, prepare
-from .report import RunReport
+from .report import RunReport, probe_result
 
 HARMLESS_CHANGES = (
     "data.num_workers",
@@ -97,7 +97,7 @@ def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
     # TensorBoard takes the project's name for a folder, the others for what the run belongs to
     project = "effvit_zoo" if set(config.train.trackers) - {"tensorboard"} else "tensorboard"
     accelerator.init_trackers(project, config=_tracker_config(config))
-    verb = "resuming" if loop.state.step else "training"
+    verb = "resuming" if loop.state.history or loop.state.step else "training"
     accelerator.print(f"{verb} {config.model.name} on {config.data.root}: {_size(run, accelerator)} -> {folder}")
     report = _report(loop, run, asked, again)
     result = loop.run(report)
@@ -110,7 +110,7 @@ def _train(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> None:
 def _report(loop: Loop, run: Prepared, asked: RunConfig, again: str) -> RunReport:
     """The run's report; prints its notes."""
     config, processes = loop.config, loop.accelerator.num_processes
-    notes = _print_notes(run, asked, config, loop.objective) if loop.accelerator.is_main_process else []
+    notes = _print_notes(run, asked, loop) if loop.accelerator.is_main_process else []
     loss = getattr(loop.objective, "loss_title", "")
     return RunReport(run.task, run.feed, config, loop.folder, run.model, processes, notes=notes, again=again, loss=loss)
 
@@ -135,7 +135,10 @@ def _conclude(
     name, metric = next(iter(run.task.metrics.items()))
     best = f"{metric.title} {metric.show(state.best['metrics'][name])}"
     bad = f", {len(state.bad_files)} unreadable files skipped" if state.bad_files else ""
-    print(f"{best} (epoch {state.best_epoch}) in {state.seconds:.0f} s{bad}")
+    where = f"epoch {state.best_epoch}" if state.best_epoch else "linear probe"
+    print(f"{best} ({where}) in {state.seconds:.0f} s{bad}")
+    for title, text in probe_result(run.task, state):
+        print(f"{title}: {text}")
     saved = folder / run_folder.BEST
     print(f'model: timm.create_model("local-dir:{saved}", pretrained=True) after import effvit_zoo')
     print(f"report: {folder / run_folder.REPORT}")
@@ -258,9 +261,10 @@ def config_notes(asked: RunConfig, config: RunConfig) -> list[str]:
     return notes
 
 
-def _print_notes(run: Prepared, asked: RunConfig, config: RunConfig, objective: Objective) -> list[str]:
+def _print_notes(run: Prepared, asked: RunConfig, loop: Loop) -> list[str]:
     """Prints what the user should know before the first step, and returns it."""
-    notes = [note for note in (run.task.start_note, getattr(objective, "compared", "")) if note]
+    config, compared = loop.config, getattr(loop.objective, "compared", "")
+    notes = [note for note in (run.task.start_note, loop.probe.note, compared) if note]
     notes += config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
     for note in notes:
         print(note)
@@ -274,7 +278,7 @@ def start_notes(config: RunConfig) -> list[str]:
         "train.freeze_epochs": config.train.freeze_epochs > 0,
     }
     used = [key for key, is_used in meant_for_trained.items() if is_used]
-    if not used or config.model.pretrained or hub.brings_weights(config.model.name):
+    if not used or config.starts_trained:
         return []
     name, settings = config.model.name, " and ".join(used)
     return [f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?"]
