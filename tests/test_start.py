@@ -154,8 +154,8 @@ def test_a_single_epoch_works_and_says_what_gives_way(photos, tmp_path, capsys):
     more = ["model.pretrained=false", "data.img_size=32", "optim.min_lr=0.1"]
     assert train_small(tmp_path / "run", *settings(photos, *more), config=config) == 0
     said = capsys.readouterr().out
-    assert "optim.warmup_epochs is 2 and train.epochs 1: the warm-up is shortened to 0.1 epochs" in said
-    assert "only the classifier is trained" in said
+    assert "optim.warmup_epochs is 0.8 and train.epochs 1: the warm-up is shortened to 0.1 epochs" in said
+    assert "starts from random weights, for which 40 training images are few" in said
     assert "optim.min_lr is 0.1, above the peak: 0.001 is used" in said
 
 

@@ -308,7 +308,8 @@ def spread_rows(groups: np.ndarray | None, images: int, number: int) -> np.ndarr
     groups = np.zeros(images, dtype=np.int64) if groups is None else groups
     order = np.argsort(groups, kind="stable")
     firsts = np.searchsorted(groups[order], np.unique(groups))
-    evenly = np.linspace(0, images, max(0, number - len(firsts)), endpoint=False).astype(np.int64)
+    rest = max(0, number - len(firsts))
+    evenly = (2 * np.arange(rest) + 1) * images // max(1, 2 * rest)
     return np.sort(order[np.union1d(firsts[:number], evenly)])
 
 

@@ -44,7 +44,10 @@ FAILURES = (OSError, HTTPError, HFValidationError, EntryNotFoundError, errors.Of
 """What the client raises when a request to the Hub, the network or the disk fails. Bad requests are ValueErrors too."""
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{16,}")
-WITHOUT_NETWORK = "without a network use a model folder (copied, or made by `effzoo pull` where there is one) or no pretrained weights"
+WITHOUT_NETWORK = (
+    "without a network use a model folder (copied, or made by `effzoo pull` where there is one), a checkpoint file, a copy of the "
+    "cache (HF_HOME says where it is), or no pretrained weights"
+)
 _HELP = "`hf auth login` or the environment variable HF_TOKEN sets one"
 
 _KINDS: tuple[tuple[type[Exception], str], ...] = (

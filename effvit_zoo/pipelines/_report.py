@@ -20,7 +20,7 @@ _LOSS_ALONE = ("epoch", "lr", "train_loss", "images_per_second")
 
 
 def history(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's metrics.csv, one per finished epoch, as text."""
+    """The rows of a run's metrics.csv, one per validated epoch, as text; a linear probe is epoch 0."""
     path = run / run_folder.METRICS
     if not path.is_file():
         return []
@@ -79,7 +79,7 @@ def _summary_of(run: Path) -> dict[str, Any]:
 
 def _in_words(run: Path, stage: Stage) -> str:
     """Length and result of a stage."""
-    epochs, summary = history(run), _summary_of(run)
+    epochs, summary = [row for row in history(run) if row["epoch"] != "0"], _summary_of(run)
     if not epochs:
         return "no epoch is finished yet"
     parts = [f"{len(epochs)} {'epoch' if len(epochs) == 1 else 'epochs'}", f"{float(epochs[-1]['seconds']):,.0f} s"]

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import UserError
 
-STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+STRENGTHS = (100.0, 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """Weights of the penalty that are tried, strongest first."""
 DEFAULT_STRENGTH = 1e-2
 """Where no class has two images to try them on."""
 FOLDS, WORSE = 5, 2
 """Folds of the cross-validation, which ends after so many strengths in a row that are worse than the best."""
 TRIAL_ITERATIONS, ITERATIONS = 50, 500
+TRIAL_CHANGE, CHANGE = 1e-7, 1e-13
+"""Changes of the loss below which a fit of the cross-validation and the last one end."""
 MOST_IMAGES, MOST_TRIED, MOST_BYTES = 20_000, 4_000, 2**29
 """Images to solve on, images to cross-validate on, and size of the features."""
 WORK = 2e12
@@ -249,7 +251,8 @@ def _choose_strength(problem: _Problem, fold: Tensor, views: int) -> tuple[float
     for strength in STRENGTHS:
         lost = 0.0
         for place, (train, held) in enumerate(parts):
-            starts[place], _ = train.fit(strength, TRIAL_ITERATIONS, starts[place])  # from the next stronger one's
+            start = starts[place]  # the next stronger one's solution
+            starts[place], _ = train.fit(strength, TRIAL_ITERATIONS, start, TRIAL_CHANGE)
             lost += float(held.loss(starts[place]) * held.weight.sum())
         lost /= sum(float(held.weight.sum()) for _, held in parts)
         best, least, worse = (strength, lost, 0) if lost < least else (best, least, worse + 1)
@@ -290,7 +293,9 @@ class _Problem:
         logits = self.design @ solution[:-1] + solution[-1]
         return F.cross_entropy(logits, self.target, reduction="none") @ self.weight / self.weight.sum()
 
-    def fit(self, strength: float, iterations: int, start: Tensor | None = None) -> tuple[Tensor, int]:
+    def fit(
+        self, strength: float, iterations: int, start: Tensor | None = None, change: float = CHANGE
+    ) -> tuple[Tensor, int]:
         """(R + 1, C) minimum of loss + strength / 2 * |W|^2 from a start, and the number of iterations."""
         shape = (self.design.shape[1] + 1, self.num_classes)
         solution = torch.zeros(shape, dtype=torch.float64) if start is None else start.clone()
@@ -312,8 +317,8 @@ class _Problem:
         optimizer = torch.optim.LBFGS(
             [solution],
             max_iter=iterations,
-            tolerance_grad=1e-7,
-            tolerance_change=1e-10,
+            tolerance_grad=1e-9,
+            tolerance_change=change,
             history_size=10,
             line_search_fn="strong_wolfe",
         )

@@ -110,7 +110,7 @@ class OptimConfig:
     timescale_epochs: Annotated[float, Field(gt=0)] | None = None
     """`rsqrt` is proportional to (1 + epochs / timescale_epochs) ** -0.5; null for the length of the warm-up, or 1 without one."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Length of the linear warm-up in epochs; a tenth of a run that is not longer than it."""
+    """Length of the linear warm-up in epochs; a tenth of a run of which it would be more than a fifth."""
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the start of the warm-up."""
     warmup_prefix: bool = False
@@ -256,7 +256,7 @@ class RunConfig:
         if optim.lr_base_batch is not None:
             images = at_once * train.grad_accum
             optim = replace(optim, lr=optim.lr * images / optim.lr_base_batch, lr_base_batch=None)
-        if optim.warmup_epochs >= train.epochs:
+        if optim.warmup_epochs > train.epochs / 5:
             optim = replace(optim, warmup_epochs=train.epochs / 10)
         optim = replace(optim, min_lr=min(optim.min_lr, optim.lr), warmup_lr=min(optim.warmup_lr, optim.lr))
         return replace(self, train=train, optim=optim)

@@ -43,6 +43,9 @@ HARMLESS_CHANGES = (
     "hub.push_every_best",
 )
 
+FEW_IMAGES = 2_000
+"""Training images below which a run from random weights is warned of."""
+
 Adapt = Callable[[Task, Objective, nn.Module], Objective]
 """What a stage of a pipeline makes of a run's task, objective and model: freezes, another trainable module, another loss."""
 
@@ -265,23 +268,35 @@ def _print_notes(run: Prepared, asked: RunConfig, loop: Loop) -> list[str]:
     """Prints what the user should know before the first step, and returns it."""
     config, compared = loop.config, getattr(loop.objective, "compared", "")
     notes = [note for note in (run.task.start_note, loop.probe.note, compared) if note]
-    notes += config_notes(asked, config) + start_notes(config) + data_notes(run.feed.splits, run.task, config.data)
+    notes += (
+        config_notes(asked, config)
+        + start_notes(config, run.feed.describe()["train_images"])
+        + data_notes(run.feed.splits, run.task, config.data)
+    )
     for note in notes:
         print(note)
     return notes
 
 
-def start_notes(config: RunConfig) -> list[str]:
-    """Settings that don't suit random initial weights."""
+def start_notes(config: RunConfig, images: int | None) -> list[str]:
+    """What doesn't suit random initial weights: settings, and few training images (None: their number isn't known)."""
+    if config.starts_trained:
+        return []
+    name, notes = config.model.name, []
+    if images is not None and images < FEW_IMAGES:
+        notes.append(
+            f"warning: {name} starts from random weights, for which {images:,} training images are few (under {FEW_IMAGES:,}): "
+            "model.pretrained=true, or a trained model as model.name, learns far more from them"
+        )
     meant_for_trained = {
         "optim.layer_decay": config.optim.layer_decay not in (None, 1.0),
         "train.freeze_epochs": config.train.freeze_epochs > 0,
     }
     used = [key for key, is_used in meant_for_trained.items() if is_used]
-    if not used or config.starts_trained:
-        return []
-    name, settings = config.model.name, " and ".join(used)
-    return [f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?"]
+    if used:
+        settings = " and ".join(used)
+        notes.append(f"{name} starts from random weights, and {settings} slow its layers down: model.pretrained=true?")
+    return notes
 
 
 def dry_run(config_path: str | Path, overrides: Sequence[str] = (), num_processes: int | None = None) -> dict[str, Any]:
