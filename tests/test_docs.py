@@ -42,7 +42,7 @@ from effvit_zoo.training.config import RunConfig, load_config
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
 TABLES = (TOKEN_MIXERS, TASKS, PIPELINES, TARGETS, COMMANDS)
-TRAINED = ("inference", "export", "hub", "tosa", "target", "command", "reproducibility")
+TRAINED = ("inference", "browser", "export", "hub", "tosa", "target", "command", "reproducibility")
 """Names of pages that assume the run `runs/photos` of a small ViT, which another page trains."""
 
 TINY = ["train.epochs=1", "train.batch_size=8", "train.trackers=[]"]

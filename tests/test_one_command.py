@@ -110,8 +110,10 @@ def test_the_next_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert summary(tmp_path / "runs/my photos")["epochs"] == 1  # train.epochs is the largest number
     following = [shlex.split(line) for line in said[said.index("next:") + 1 :]]
-    assert [words[:2] for words in following] == [["effzoo", name] for name in ("validate", "predict", "push")]
-    for words in following[:2]:
+    assert [words[:2] for words in following] == [
+        ["effzoo", name] for name in ("validate", "predict", "export", "push")
+    ]
+    for words in following[:-1]:
         assert main(words[1:]) == 0
     assert len(list((tmp_path / "runs/my photos/drawn").rglob("*.png"))) == 40
     assert main([*command, "--model", "effzoo_vit_pico"]) == 0
