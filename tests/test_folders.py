@@ -271,7 +271,7 @@ def test_a_run_says_classes_and_what_is_left_out(tmp_path, capsys):
     for part in (
         "classes (training+validation images): blue 20+2, red 11+1",
         "1 file: 1 video (e.g. red/clip.mov)",
-        "warning: 1 images stand under several labels, e.g. ",
+        "warning: 1 image stands under several labels, e.g. ",
         "photos/blue/1.png and ",
     ):
         assert part in printed

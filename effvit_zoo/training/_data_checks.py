@@ -69,8 +69,6 @@ def data_notes(splits: DataSplits, task: Task, config: DataConfig) -> list[str]:
                 f"e.g. {pairs[0][0]} is {pairs[0][1]}: {metric.title} will be too good"
             )
         if groups := found.contradictions:
-            notes.append(
-                f"warning: {len(groups)} images stand under several labels, "
-                f"e.g. {' and '.join(groups[0][:2])} are the same file"
-            )
+            many = "1 image stands" if len(groups) == 1 else f"{len(groups)} images stand"
+            notes.append(f"warning: {many} under several labels, e.g. {' and '.join(groups[0][:2])} are the same file")
     return notes
