@@ -30,7 +30,7 @@ from ..models.tosa_vit import ToSAViT
 from ..run_folder import read_json, require_writable, write_json
 from .contract import RECORD
 from .folder import export_model
-from .parity import EMBEDDED
+from .parity import EMBEDDED, timm_steps
 
 ASSETS = Path(__file__).with_name("web")
 PAGE, RUNTIME = "page.json", "runtime"
@@ -208,7 +208,7 @@ def _split(path: Path) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def _samples(folder: Path, model: Any, record: Mapping[str, Any], data: str | None) -> list[dict[str, Any]]:
     """Writes sample images; their names and the model's logits for them."""
-    steps = {key: tuple(value) if isinstance(value, list) else value for key, value in record["preprocessing"].items()}
+    steps = timm_steps(record)
     transform = validation_transform(steps)
     found = []
     for number, image in enumerate(_sample_images(data, MODES[steps["input_size"][0]])):

@@ -103,7 +103,7 @@ def open_photos(task: Task, record: Record, data: str | None, count: int) -> Pho
     if not isinstance(source, StreamSource):
         source = source.select(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     batches: list[Batch] = []
-    for batch in readable(validation_batches(source, task.transforms(_steps(record)).val, 16, 0), lambda bad: None):
+    for batch in readable(validation_batches(source, task.transforms(timm_steps(record)).val, 16, 0), lambda bad: None):
         batches.append(batch)
         if sum(map(len, batches)) >= count:
             break
@@ -117,12 +117,12 @@ def _without_targets(record: Record, data: str, count: int) -> Photos:
     """Images of a folder, whatever its structure. Raises `UserError`."""
     found = [*find_images([data])]
     chosen = [found[index] for index in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
-    transform, mode = validation_transform(_steps(record)), MODES[record["preprocessing"]["input_size"][0]]
+    transform, mode = validation_transform(timm_steps(record)), MODES[record["preprocessing"]["input_size"][0]]
     images = torch.stack([transform(open_image(path, mode=mode)) for path in chosen])
     return Photos(data, to_pixels(images, record), note="the folder has no classes that the model knows")
 
 
-def _steps(record: Record) -> dict[str, Any]:
+def timm_steps(record: Record) -> dict[str, Any]:
     """Preprocessing as timm has it."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in record["preprocessing"].items()}
 

@@ -198,7 +198,6 @@ async function start() {
   if (!response.ok) throw new Error(`page.json can't be downloaded: the server answers ${response.status}`);
   state.page = await response.json();
   document.title = $("title").textContent = state.page.title;
-  document.documentElement.lang = navigator.language;
   addSamples();
   addLayers();
   const downloads = new Downloads(showProgress);

@@ -16,7 +16,7 @@ const FILTERS = {
 };
 
 /** Python's round(): halves go to the even neighbour. */
-export function roundHalfEven(value) {
+function roundHalfEven(value) {
   const below = Math.floor(value);
   const rest = value - below;
   return rest < 0.5 || (rest === 0.5 && below % 2 === 0) ? below : below + 1;
